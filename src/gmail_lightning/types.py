@@ -1,0 +1,86 @@
+"""What a batch is and what a task asks of the data: the vocabulary shared by every other module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Literal, TypedDict
+
+from torch import Tensor
+
+
+class Modality(IntEnum):
+    """The origin of an image. Generated images are a modality of their own: a column of the batch, not a code path."""
+
+    REAL = 0
+    GENERATED = 1
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How an encoder wants its pixels; the encoder itself applies mean and standard deviation.
+
+    Attributes:
+        size: Height and width in pixels.
+        resize_mode: ``crop`` resizes the shorter side and crops the centre, ``squash`` ignores the aspect ratio,
+            ``longest`` resizes the longer side and pads with black.
+        interpolation: Filter of the resize.
+    """
+
+    size: tuple[int, int]
+    resize_mode: Literal["crop", "squash", "longest"] = "crop"
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """How an encoder wants its text.
+
+    Attributes:
+        encode: Maps n strings to token ids of shape (n, context_length), int64. Runs in the data workers.
+        context_length: Number of token ids per text.
+    """
+
+    encode: Callable[[list[str]], Tensor]
+    context_length: int
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a task needs of a batch. ``image=None`` loads no pixels; every name in ``texts`` becomes a tensor."""
+
+    image: ImageSpec | None = None
+    texts: dict[str, TextSpec] = field(default_factory=dict)
+
+
+class ImageTextSample(TypedDict):
+    """One row of a dataset, before transforms and tokenising."""
+
+    image: Tensor  # (3, H, W) uint8, any size
+    captions: list[str]  # every caption of the row; training draws one, evaluation uses all
+    modality: int  # Modality
+    image_id: int  # equal for all rows that show the same real image
+    pair_id: int  # equal for a real row and its generated partners, -1 where there is none
+    label: int  # class, -1 where there is none
+    source: str  # "real", or the name of the generator
+    sample_key: str  # unique within a dataset
+
+
+class ImageTextBatch(TypedDict, total=False):
+    """B rows, collated. In the common case I = B and ``image_row`` counts up."""
+
+    image: Tensor  # (I, 3, H, W) float in [0, 1]
+    image_row: Tensor  # (I,) int64, the row of each image
+    text: Tensor  # (T, L) int64; one per row in training, all captions of an image in evaluation
+    text_row: Tensor  # (T,) int64, the row of each text
+    caption: list[str]  # (B,) the caption in use
+    references: list[list[str]]  # (B,) all captions, in evaluation
+    modality: Tensor  # (B,) int64, Modality
+    image_id: Tensor  # (B,) int64
+    pair_id: Tensor  # (B,) int64
+    label: Tensor  # (B,) int64, where there are classes
+    source: list[str]  # (B,)
+    sample_key: list[str]  # (B,)
+    replaced: Tensor  # (B,) bool, training only: the image of the drawn row did not decode and another row stands in
+    eval_set: str  # evaluation only: name of the set
