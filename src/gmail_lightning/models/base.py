@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from gmail_lightning.types import ImageSpec, TextSpec
@@ -26,7 +27,12 @@ class LoRATarget(NamedTuple):
 
 
 class ImageEncoder(nn.Module, ABC):
-    """An image tower. ``encode_*`` return unnormalised features; losses and metrics normalise, once."""
+    """An image tower. ``encode_*`` return unnormalised features; losses and metrics normalise, once.
+
+    Args:
+        mean: Mean of the pixels, per channel; by default the class attribute.
+        std: Standard deviation of the pixels, per channel; by default the class attribute.
+    """
 
     #: True once the weights are more than a random initialisation; evaluation refuses an encoder without.
     pretrained: bool = False
@@ -34,6 +40,27 @@ class ImageEncoder(nn.Module, ABC):
     activation: str = ""
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def __init__(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
+        super().__init__()
+        self.mean = self.mean if mean is None else tuple(float(value) for value in mean)
+        self.std = self.std if std is None else tuple(float(value) for value in std)
+        self.register_buffer("pixel_mean", torch.tensor(self.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(self.std).view(-1, 1, 1), persistent=False)
+
+    def normalize_pixels(self, image: Tensor) -> Tensor:
+        """Maps pixels in [0, 1], shape (B, 3, H, W), to ``(image - mean) / std``.
+
+        Raises:
+            ValueError: If the pixels are not of the size in ``image_spec`` or not floating point.
+        """
+        size = self.image_spec.size
+        if image.ndim != 4 or tuple(image.shape[2:]) != size or not image.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__} takes float pixels in [0, 1] of shape (B, 3, {size[0]}, {size[1]}), "
+                f"got {image.dtype} of shape {tuple(image.shape)}."
+            )
+        return (image - self.get_buffer("pixel_mean")).div_(self.get_buffer("pixel_std"))
 
     @property
     @abstractmethod
@@ -49,8 +76,16 @@ class ImageEncoder(nn.Module, ABC):
     def encode_image(self, image: Tensor) -> Tensor:
         """Maps pixels in [0, 1], shape (B, 3, H, W), to features of shape (B, D)."""
 
+    @property
+    def wrapped(self) -> nn.Module:
+        """The model whose state dict a merged export holds: the encoder itself, unless it wraps one."""
+        return self
+
     def image_tokens(self, image: Tensor, layer: int = -2) -> Tensor:
-        """Maps pixels to the hidden states of one block, shape (B, T, W); ``layer=-1`` is the last block."""
+        """Maps pixels to the hidden states of one block, shape (B, T, W); ``layer=-1`` is the last block.
+
+        Patch tokens only, as LLaVA reads them: a class token is dropped, and no final norm is applied.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no image_tokens: implement it to use patch tokens.")
 
     @abstractmethod

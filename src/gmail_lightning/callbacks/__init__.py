@@ -1,0 +1,6 @@
+"""Callbacks: everything that draws, prints or writes files."""
+
+from gmail_lightning.callbacks.modality_gap import ModalityGapReport
+from gmail_lightning.callbacks.progress import SparseProgress
+
+__all__ = ["ModalityGapReport", "SparseProgress"]

@@ -1,0 +1,146 @@
+"""LightningCLI as this project runs it: run folders, refusals, and errors that name what is known."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import gmail_lightning.datasets
+import gmail_lightning.models  # noqa: F401  short class names resolve once their module is imported
+from gmail_lightning.callbacks import SparseProgress
+from gmail_lightning.datamodules import MixedModalityDataModule
+from gmail_lightning.hints import hint
+from gmail_lightning.main import EPILOG
+from gmail_lightning.tasks import BaseTask
+
+RUN_DIR = "GMAIL_LIGHTNING_RUN_DIR"  # the launcher's child processes write where their parent does
+
+
+class Parser(LightningArgumentParser):
+    """Adds to an error what would have been accepted."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Exits with status 2."""
+        super().error(f"{message}{hint(message)}", ex)
+
+
+class GmailCLI(LightningCLI):
+    """Lightning's verbs over ``BaseTask`` and a data module, both by ``class_path``."""
+
+    @classmethod
+    def run(cls, args: list[str]) -> None:
+        """Parses and runs; the command line object is not returned, since ``sys.exit`` would print it and fail."""
+        cls(
+            BaseTask,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"description": "Learning from generated images.", "epilog": EPILOG},
+            args=args,
+        )
+
+    def init_parser(self, **kwargs: Any) -> Parser:
+        """The parser with hints."""
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
+        return Parser(**kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Two settings of our own."""
+        parser.add_argument("--name", type=str | None, default=None, help="Runs go to runs/NAME; default: the recipe's.")
+        parser.add_argument(
+            "--allow_untrained", type=bool, default=False, help="Evaluate random weights on purpose, as a baseline."
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning merges the checkpoint's hyperparameters over what the user wrote. Here the user's values win."""
+
+    # Run folders
+
+    def before_instantiate_classes(self) -> None:
+        """Chooses the run folder and fills in loggers, checkpoints and progress where the user said nothing."""
+        if self.subcommand is None:
+            return
+        config = self.config[self.subcommand]
+        folder = self._run_folder(config)
+        config.trainer.default_root_dir = str(folder)
+        if config.trainer.logger in (None, True):
+            config.trainer.logger = [
+                {
+                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                    "init_args": {"save_dir": str(folder), "name": "", "version": "", "default_hp_metric": False},
+                },
+                {
+                    "class_path": "lightning.pytorch.loggers.CSVLogger",
+                    "init_args": {"save_dir": str(folder), "name": "csv"},
+                },
+            ]
+
+    def _run_folder(self, config: Any) -> Path:
+        if os.environ.get(RUN_DIR) and "LOCAL_RANK" in os.environ:
+            return Path(os.environ[RUN_DIR])
+        if config.trainer.default_root_dir:
+            folder, runs = Path(config.trainer.default_root_dir), Path(config.trainer.default_root_dir)
+        else:
+            runs = Path("runs") / (config.name or _recipe_name(config))
+            folder = runs / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+        if config.get("ckpt_path") == "last":
+            found = sorted(runs.rglob("checkpoints/last*.ckpt"), key=lambda p: p.stat().st_mtime)
+            if not found:
+                raise MisconfigurationException(f"--ckpt_path last: no checkpoints/last.ckpt below {runs}.")
+            config.ckpt_path = str(found[-1])
+            folder = found[-1].parents[1]  # a resumed run goes on in its folder
+        os.environ[RUN_DIR] = str(folder)
+        return folder
+
+
+    def _instantiate_trainer(self, config: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
+        given = [*callbacks, *(config.get("callbacks") or [])]
+        if config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
+            callbacks.append(RichProgressBar() if sys.stdout.isatty() else SparseProgress())
+        if config.get("enable_checkpointing") is not False and not _has(given, ModelCheckpoint):
+            callbacks.append(ModelCheckpoint(save_last=True, filename="{step}"))
+        return super()._instantiate_trainer(config, callbacks)
+
+    # Refusals
+
+    def before_validate(self) -> None:
+        """Refuses to evaluate random weights."""
+        self._refuse_untrained()
+
+    def before_test(self) -> None:
+        """Refuses to evaluate random weights."""
+        self._refuse_untrained()
+
+    def before_predict(self) -> None:
+        """Refuses to predict with random weights."""
+        self._refuse_untrained()
+
+    def _refuse_untrained(self) -> None:
+        config = self.config[self.subcommand]
+        if config.get("ckpt_path") or config.allow_untrained or self.model.pretrained:
+            return
+        raise MisconfigurationException(
+            f"{self.subcommand} of an untrained model: the encoder has random weights and there is no --ckpt_path. "
+            "Give --ckpt_path, or a pretrained encoder, or --allow_untrained true for a random baseline."
+        )
+
+
+def _has(callbacks: list[pl.Callback], kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def _recipe_name(config: Any) -> str:
+    """``emoji/align.yaml`` gives ``emoji-align``; without a recipe, the task's name."""
+    if config.get("config"):
+        path = Path(str(config.config[0]))
+        return f"{path.absolute().parent.name}-{path.stem}"
+    return str(config.model.class_path).rpartition(".")[2]

@@ -1,0 +1,255 @@
+"""One data module for every task: real and generated rows in one stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from gmail_lightning.datamodules.collate import RowTable, as_is
+from gmail_lightning.datamodules.rows import EvaluationRows, TrainRows
+from gmail_lightning.datasets.base import DataError, ImageTextDataset
+from gmail_lightning.samplers.mixed_modality import MixedModalitySampler, UnpaddedDistributedSampler
+from gmail_lightning.types import ImageTextBatch, InputSpec
+
+Datasets = ImageTextDataset | list[ImageTextDataset]
+
+
+class MixedModalityDataModule(LightningDataModule):
+    """Feeds training with an exact share of generated rows, and evaluation with named sets.
+
+    What a batch holds (image size, texts, tokeniser) is read from the task's ``input_spec``. Training draws one caption
+    per row; evaluation shows each image once, with all its captions. Random augmentation depends on the seed, the epoch
+    and the position alone, so a resumed run goes on with the very same pixels, whatever the number of workers or
+    processes, as long as the global batch stays the same.
+
+    Args:
+        train: Data sets for ``fit``; rows of different data sets are paired by ``pair_id``.
+        val: Named evaluation sets for ``fit`` and ``validate``.
+        test: Named evaluation sets for ``test``; those of ``val`` by default.
+        predict: Data sets for ``predict``.
+        batch_size: Rows per device and training step, generated and real together.
+        mode: ``paired`` feeds generated rows beside their real ones; ``mixture`` any rows, in a fixed share.
+        generated_fraction: Share of generated rows in each batch of a ``mixture``; pairs are always half and half.
+        real_augmentation: Applied to real training images, float (3, h, w) in [0, 1] after the resize; several in a row
+            as ``torch.nn.Sequential``, or in YAML as a list.
+        generated_augmentation: The same for generated images.
+        eval_batch_size: Images per device in evaluation and prediction; by default ``batch_size``.
+        num_workers: Worker processes of each loader.
+        max_replaced_fraction: Training stops once more than this share of an epoch's rows had to be replaced, since
+            their images did not decode.
+        seed: Of the order, the captions drawn and the augmentation.
+        input_spec: For use without a task.
+    """
+
+    def __init__(
+        self,
+        train: list[ImageTextDataset] | ImageTextDataset | None = None,
+        val: dict[str, list[ImageTextDataset]] | None = None,
+        test: dict[str, list[ImageTextDataset]] | None = None,
+        predict: list[ImageTextDataset] | ImageTextDataset | None = None,
+        batch_size: int = 64,
+        mode: Literal["paired", "mixture"] = "paired",
+        generated_fraction: float = 0.5,
+        real_augmentation: nn.Module | list[nn.Module] | None = None,
+        generated_augmentation: nn.Module | list[nn.Module] | None = None,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        max_replaced_fraction: float = 0.01,
+        seed: int = 0,
+        input_spec: InputSpec | None = None,
+    ) -> None:
+        super().__init__()
+        self.datasets = {"train": _as_list(train), "predict": _as_list(predict)}
+        val = {name: _as_list(datasets) for name, datasets in (val or {}).items()}
+        test = val if test is None else {name: _as_list(datasets) for name, datasets in test.items()}
+        self.evaluation: dict[str, dict[str, list[ImageTextDataset]]] = {"val": val, "test": test}
+        if not 0 <= max_replaced_fraction <= 1:
+            raise ValueError(f"max_replaced_fraction is {max_replaced_fraction}, but it is a share between 0 and 1.")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.mode: Literal["paired", "mixture"] = mode
+        self.generated_fraction = generated_fraction
+        self.real_augmentation = _as_module(real_augmentation)
+        self.generated_augmentation = _as_module(generated_augmentation)
+        self.num_workers, self.max_replaced_fraction, self.seed = num_workers, max_replaced_fraction, seed
+        self.input_spec = input_spec
+        self._sampler: MixedModalitySampler | None = None
+        self._progress = _fresh_progress()
+
+    @property
+    def eval_sets(self) -> list[str]:
+        """Names of the evaluation sets, those of ``val`` first."""
+        return list(self.evaluation["val"] | self.evaluation["test"])
+
+    def setup(self, stage: str) -> None:
+        """Reads what the task asks for, and puts the training data sets end to end."""
+        if self.trainer is not None and self.trainer.overfit_batches:
+            raise ValueError(
+                "overfit_batches would replace the sampler that keeps pairs and shares together. To train on a few "
+                "batches over and over, set trainer.limit_train_batches and limit the data sets instead."
+            )
+        if self.trainer is not None and self.input_spec is None:
+            self.input_spec = self.trainer.lightning_module.input_spec
+        if self.input_spec is None:
+            raise ValueError("Without a task the data module needs input_spec=InputSpec(...).")
+        if stage == "fit":
+            self._sampler, self._progress = None, _fresh_progress()
+
+    def _replicas(self) -> tuple[int, int]:
+        """Number of processes and number of this one."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def train_dataloader(self) -> DataLoader[ImageTextBatch]:
+        """Returns the loader of mixed batches.
+
+        Raises:
+            DataError: If there are no training data, pairs are broken, or there is less than one global batch.
+        """
+        if not self.datasets["train"]:
+            raise DataError("No training data: give the data module data sets under train.")
+        table = RowTable(self.datasets["train"])
+        num_replicas, rank = self._replicas()
+        sampler = MixedModalitySampler(
+            table.modality,
+            table.pair_id,
+            batch_size=self.batch_size,
+            mode=self.mode,
+            generated_fraction=self.generated_fraction,
+            seed=self.seed,
+            num_replicas=num_replicas,
+            rank=rank,
+            describe=table.describe,
+        )
+        self._sampler = sampler
+        self._seek()
+        rank_zero_info(
+            f"Batch: {self.batch_size} rows per device x {num_replicas} = {sampler.global_batch_size} rows; each device: "
+            f"{sampler.generated_per_batch} generated and {self.batch_size - sampler.generated_per_batch} real "
+            f"({self.mode}); {sampler.steps_per_epoch} batches per epoch."
+        )
+        if sampler.pairs is not None and sampler.pairs.num_unpaired_real:
+            rank_zero_warn(
+                f"{sampler.pairs.num_unpaired_real} real training rows have no generated row of their pair_id and are "
+                f"not seen in mode 'paired'; {len(sampler.pairs.real)} have."
+            )
+        rows = TrainRows(
+            table,
+            self._spec(),
+            seed=self.seed,
+            pairs=sampler.pairs,
+            real_augmentation=self.real_augmentation,
+            generated_augmentation=self.generated_augmentation,
+        )
+        return self._loader(rows, self.batch_size, sampler, persistent_workers=self.num_workers > 0)
+
+    def val_dataloader(self) -> list[DataLoader[ImageTextBatch]]:
+        """Returns one loader per set of ``val``, in the order of the names."""
+        return [self._evaluation_loader(sets, name) for name, sets in self.evaluation["val"].items()]
+
+    def test_dataloader(self) -> list[DataLoader[ImageTextBatch]]:
+        """Returns one loader per set of ``test``, in the order of the names."""
+        return [self._evaluation_loader(sets, name) for name, sets in self.evaluation["test"].items()]
+
+    def predict_dataloader(self) -> DataLoader[ImageTextBatch]:
+        """Returns the loader of ``predict``."""
+        if not self.datasets["predict"]:
+            raise DataError("Nothing to predict: give the data module data sets under predict.")
+        return self._evaluation_loader(self.datasets["predict"], None)
+
+    def _evaluation_loader(self, datasets: list[ImageTextDataset], name: str | None) -> DataLoader[ImageTextBatch]:
+        rows = EvaluationRows(RowTable(datasets), self._spec(), name)
+        num_replicas, rank = self._replicas()
+        sampler = UnpaddedDistributedSampler(len(rows), num_replicas=num_replicas, rank=rank)
+        return self._loader(rows, self.eval_batch_size, sampler, persistent_workers=False)
+
+    def _loader(
+        self, rows: Any, batch_size: int, sampler: Any, *, persistent_workers: bool
+    ) -> DataLoader[ImageTextBatch]:
+        return DataLoader(
+            rows,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=as_is,
+            num_workers=self.num_workers,
+            persistent_workers=persistent_workers,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def _spec(self) -> InputSpec:
+        if self.input_spec is None:
+            raise ValueError("The data module was not set up: call setup(), or give input_spec.")
+        return self.input_spec
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Moves the tensors of the batch; the lists of strings stay, and are not walked through."""
+        if device.type == "cpu" or not isinstance(batch, dict):
+            return batch
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Counts the batches that training has consumed, and the rows that were replaced."""
+        if self._sampler is not None and self.trainer is not None and self.trainer.training:
+            self._count(cast(ImageTextBatch, batch), self._sampler)
+        return batch
+
+    def _count(self, batch: ImageTextBatch, sampler: MixedModalitySampler) -> None:
+        progress = self._progress
+        if progress["epoch"] != sampler.epoch:
+            progress.update(epoch=sampler.epoch, step=0, replaced=0)
+        elif progress["step"] and progress["global_batch_size"] != sampler.global_batch_size:
+            raise ValueError(
+                f"The checkpoint was written at batch {progress['step']} of epoch {progress['epoch']} with global batches "
+                f"of {progress['global_batch_size']} rows, now they have {sampler.global_batch_size}: choose batch_size "
+                "such that batch_size x devices is the same, or resume from the end of an epoch."
+            )
+        progress["step"] += 1
+        progress["global_batch_size"] = sampler.global_batch_size
+        if not batch["replaced_reason"]:
+            return
+        before, progress["replaced"] = progress["replaced"], progress["replaced"] + int(batch["replaced"].sum())
+        allowed = self.max_replaced_fraction * len(sampler)
+        summary = (
+            f"{progress['replaced']} of {len(sampler)} training rows of epoch {sampler.epoch} on this device had to be "
+            f"replaced, the last since: {batch['replaced_reason'][-1]}"
+        )
+        if progress["replaced"] > allowed:
+            raise DataError(
+                f"{summary}. More than max_replaced_fraction={self.max_replaced_fraction} allows: repair or remove such "
+                "images, or raise the fraction."
+            )
+        if before < 5:
+            rank_zero_warn(summary)
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resume needs: the batches consumed by training, not those handed to workers ahead of it."""
+        return dict(self._progress)
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Lets the next training loader begin where the checkpoint was written."""
+        self._progress = dict(state_dict)
+        self._seek()
+
+    def _seek(self) -> None:
+        if self._sampler is not None:
+            steps = self._sampler.steps_per_epoch
+            epoch, step = max(self._progress["epoch"], 0), min(self._progress["step"], steps)
+            self._sampler.start_batch = epoch * steps + step
+
+
+def _fresh_progress() -> dict[str, int]:
+    return {"epoch": -1, "step": 0, "global_batch_size": 0, "replaced": 0}
+
+
+def _as_list(datasets: Sequence[ImageTextDataset] | ImageTextDataset | None) -> list[ImageTextDataset]:
+    if datasets is None:
+        return []
+    return [datasets] if isinstance(datasets, ImageTextDataset) else list(datasets)
+
+
+def _as_module(augmentation: nn.Module | list[nn.Module] | None) -> nn.Module | None:
+    return nn.Sequential(*augmentation) if isinstance(augmentation, list) else augmentation

@@ -1,0 +1,174 @@
+"""The data sets that the loaders read: whole batches, transformed and tokenised in the workers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from gmail_lightning.datamodules.collate import RowTable, collate
+from gmail_lightning.datasets.base import DataError, ImageDecodeError
+from gmail_lightning.samplers.mixed_modality import Pairs, stable_hash
+from gmail_lightning.transforms.image import resize
+from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
+
+MAX_REPLACEMENTS = 8  # candidates that are tried for one image that does not decode
+
+
+class TrainRows(Dataset[ImageTextBatch]):
+    """Rows for training, by the items (row, epoch, position) of a :class:`MixedModalitySampler`.
+
+    Every random choice is a hash of (seed, epoch, position): which caption of a row, how it is augmented, and which row
+    stands in for one whose image does not decode (with its pair, where ``pairs`` are given).
+    """
+
+    def __init__(
+        self,
+        table: RowTable,
+        spec: InputSpec,
+        *,
+        seed: int = 0,
+        pairs: Pairs | None = None,
+        real_augmentation: nn.Module | None = None,
+        generated_augmentation: nn.Module | None = None,
+    ) -> None:
+        self.table, self.spec, self.seed, self.pairs = table, spec, seed, pairs
+        self.augmentation = {Modality.REAL: real_augmentation, Modality.GENERATED: generated_augmentation}
+        if pairs is not None:  # a pair shows one real image, whatever the generated row's own table calls it
+            table.image_id[pairs.generated] = np.repeat(table.image_id[pairs.real], pairs.count)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, item: tuple[int, int, int]) -> ImageTextBatch:
+        return self.__getitems__([item])
+
+    def __getitems__(self, items: list[tuple[int, int, int]]) -> ImageTextBatch:
+        """Returns one training batch; in paired mode the rows of a pair are neighbours."""
+        index, epoch, position = np.array(items, dtype=np.int64).T
+        draw = stable_hash(self.seed, epoch, position).tolist()
+        replaced = np.zeros(len(index), dtype=bool)
+        images: list[Tensor] = []
+        reasons: list[str] = []
+        if self.spec.image is not None:
+            images, replaced, reasons = self._read(index, epoch, position)
+            self._augment(images, index, draw)
+        rows = [self.table.locate(i) for i in index.tolist()]
+        captions = [dataset.captions(row) for dataset, row in rows]
+        texts = [options[number % len(options)] for options, number in zip(captions, draw, strict=True)]
+        batch = collate(self.table, rows, index, self.spec, images, texts, list(range(len(index))))
+        batch["caption"] = texts
+        batch["replaced"] = torch.from_numpy(replaced)
+        batch["replaced_reason"] = reasons
+        return batch
+
+    def _image(self, index: int) -> Tensor:
+        assert self.spec.image is not None
+        dataset, row = self.table.locate(index)
+        return resize(dataset.image(row), self.spec.image)
+
+    def _read(
+        self, index: np.ndarray, epoch: np.ndarray, position: np.ndarray
+    ) -> tuple[list[Tensor], np.ndarray, list[str]]:
+        """Reads and resizes; ``index`` is changed where another row stands in."""
+        images: list[Tensor] = [torch.empty(0)] * len(index)
+        replaced, reasons = np.zeros(len(index), dtype=bool), []
+        for i, row in enumerate(index.tolist()):
+            if replaced[i]:  # as the partner of the row before
+                continue
+            try:
+                images[i] = self._image(row)
+            except ImageDecodeError as error:
+                reasons.append(str(error))
+                unit = [i] if self.pairs is None else [i - i % 2, i - i % 2 + 1]
+                index[unit], stand_ins = self._replace(index[i], stable_hash(self.seed, epoch[i], position[unit[0]]))
+                replaced[unit] = True
+                for j, image in zip(unit, stand_ins, strict=True):
+                    images[j] = image
+        return images, replaced, reasons
+
+    def _replace(self, index: int, key: np.ndarray) -> tuple[np.ndarray, list[Tensor]]:
+        """Finds another pair, or another row of the same modality, that decodes."""
+        pool = np.flatnonzero(self.table.modality == self.table.modality[index])
+        for attempt in range(1, MAX_REPLACEMENTS + 1):
+            draw = stable_hash(key.view(np.int64), attempt)
+            if self.pairs is None:
+                rows = pool[draw % np.uint64(len(pool))][None]
+            else:
+                unit = (draw % np.uint64(len(self.pairs.real))).astype(np.int64)
+                rows = np.array([self.pairs.draw(unit, draw.view(np.int64)), self.pairs.real[unit]])
+            try:
+                return rows, [self._image(row) for row in rows.tolist()]
+            except ImageDecodeError as error:
+                last = error
+        raise DataError(
+            f"{self.table.describe(index)} does not decode, nor do {MAX_REPLACEMENTS} rows drawn in its place, "
+            f"the last of them: {last}"
+        )
+
+    def _augment(self, images: list[Tensor], index: np.ndarray, draw: list[int]) -> None:
+        if not any(self.augmentation.values()):
+            return
+        with torch.random.fork_rng(devices=[]):
+            for i, (modality, seed) in enumerate(zip(self.table.modality[index].tolist(), draw, strict=True)):
+                augmentation = self.augmentation[modality]
+                if augmentation is None:
+                    continue
+                torch.default_generator.manual_seed(seed)
+                shape, images[i] = images[i].shape, augmentation(images[i])
+                if images[i].shape != shape:
+                    raise ValueError(
+                        f"{type(augmentation).__name__} turns an image of shape {tuple(shape)} into "
+                        f"{tuple(images[i].shape)}: an augmentation comes after the resize and keeps the shape."
+                    )
+
+
+class EvaluationRows(Dataset[ImageTextBatch]):
+    """Each image once, with all its captions: rows of one file within a data set become one.
+
+    Args:
+        table: All rows of the set.
+        spec: What a batch must hold.
+        eval_set: Name of the set, None in prediction.
+    """
+
+    def __init__(self, table: RowTable, spec: InputSpec, eval_set: str | None = None) -> None:
+        self.table, self.spec, self.eval_set = table, spec, eval_set
+        first: list[np.ndarray] = []
+        for start, dataset in zip(table.starts, table.datasets, strict=False):
+            _, at, group = np.unique(dataset.picture(), return_index=True, return_inverse=True)
+            first.append(start + at[group])  # rows of one picture go by the first of them
+        self.first, count = np.unique(np.concatenate(first), return_counts=True)
+        self.rows = np.argsort(np.concatenate(first), kind="stable")
+        self.starts = np.concatenate([[0], np.cumsum(count)])
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, item: int) -> ImageTextBatch:
+        return self.__getitems__([item])
+
+    def __getitems__(self, items: list[int]) -> ImageTextBatch:
+        """Returns one evaluation batch.
+
+        Raises:
+            ImageDecodeError: If an image does not decode; nothing stands in for it here.
+        """
+        index = self.first[items]
+        rows = [self.table.locate(i) for i in index.tolist()]
+        references: list[list[str]] = []
+        for item in items:
+            members = self.rows[self.starts[item] : self.starts[item + 1]].tolist()
+            located = [self.table.locate(i) for i in members]
+            references.append([caption for dataset, row in located for caption in dataset.captions(row)])
+        image_spec = self.spec.image
+        images = [] if image_spec is None else [resize(dataset.image(row), image_spec) for dataset, row in rows]
+        texts = [text for captions in references for text in captions]
+        text_row = [i for i, captions in enumerate(references) for _ in captions]
+        batch = collate(self.table, rows, index, self.spec, images, texts, text_row)
+        batch["caption"] = [captions[0] for captions in references]
+        batch["references"] = references
+        if self.eval_set is not None:
+            batch["eval_set"] = self.eval_set
+        return batch

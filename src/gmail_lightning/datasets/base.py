@@ -1,0 +1,174 @@
+"""What every data set is: columns that are known without decoding, and a way to read one row."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode
+from torchvision.io import decode_image as decode_with_torchvision
+
+from gmail_lightning.types import ImageTextSample, Modality
+
+ModalityName = Literal["real", "generated"]
+
+
+class DataError(ValueError):
+    """The data are at fault, not the program; the message names the file, the row and what to do."""
+
+
+class ImageDecodeError(DataError):
+    """An image cannot be read or decoded. Training replaces the row and counts it; evaluation stops."""
+
+
+def stable_ids(names: Iterable[str]) -> np.ndarray:
+    """Maps strings to positive int64 ids, shape (N,), that no machine, order or version changes."""
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    return np.fromiter((int.from_bytes(d, "little") >> 1 for d in digests), dtype=np.int64)
+
+
+def one_line(text: str) -> str:
+    """Runs of white space, line breaks included, become one space: a caption is one line in every file and metric."""
+    return " ".join(text.split())
+
+
+def decode_image(data: bytes) -> Tensor:
+    """Decodes one image; the EXIF orientation is applied and transparency is laid over white.
+
+    Args:
+        data: An encoded image: what torchvision decodes (JPEG, PNG, WebP, GIF), else whatever Pillow reads.
+
+    Returns:
+        RGB, uint8, shape (3, H, W); of an animation the first frame.
+
+    Raises:
+        ImageDecodeError: If neither library reads it.
+    """
+    is_jpeg = data[:2] == b"\xff\xd8"
+    # Of WebP and 16-bit or palette files torchvision ignores the orientation, or the transparency; Pillow reads both.
+    is_rotated_webp = data[12:16] == b"VP8X" and data[20] & 8
+    is_plain_png = data[:4] == b"\x89PNG" and data[24:26] in (b"\x08\x02", b"\x08\x06") and b"tRNS" not in data[:1024]
+    is_webp_or_gif = data[8:12] == b"WEBP" or data[:3] == b"GIF"
+    if is_jpeg or is_plain_png or (is_webp_or_gif and not is_rotated_webp):
+        try:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            mode = ImageReadMode.RGB if is_jpeg else ImageReadMode.UNCHANGED  # a JPEG's fourth channel is ink
+            image = decode_with_torchvision(buffer, mode, apply_exif_orientation=True)
+            return _over_white(image[0] if image.ndim == 4 else image)
+        except RuntimeError:
+            pass  # Pillow reads more, and explains better why it cannot
+    return _decode_with_pillow(data)
+
+
+def _decode_with_pillow(data: bytes) -> Tensor:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ImageDecodeError(f"the image does not decode ({error})") from error
+    return _over_white(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def _over_white(image: Tensor) -> Tensor:
+    """Maps (1 to 4, H, W) uint8, grey or RGB with or without alpha, to (3, H, W)."""
+    color, alpha = (image[:-1], image[-1:]) if len(image) in (2, 4) else (image, None)
+    if alpha is not None:
+        a = alpha.float() / 255
+        color = (color.float() * a + 255 * (1 - a)).round_().to(torch.uint8)
+    return color.expand(3, -1, -1).contiguous()
+
+
+class ImageTextDataset(Dataset[ImageTextSample], ABC):
+    """Rows of an image and its captions.
+
+    A subclass fills the columns in its constructor, without decoding anything, and says how to read one row. Samplers
+    and data modules work on the columns.
+
+    Attributes:
+        modality: :class:`~gmail_lightning.types.Modality` of each row, shape (N,).
+        image_id: Equal for all rows that show the same real image, shape (N,) int64.
+        pair_id: Equal for a real row and its generated partners, -1 where there is none, shape (N,) int64.
+        label: Class of each row, -1 where there is none, shape (N,) int64; None where the data have no classes.
+        class_names: Name of each class, or None.
+    """
+
+    modality: np.ndarray
+    image_id: np.ndarray
+    pair_id: np.ndarray
+    label: np.ndarray | None = None
+    class_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.modality)
+
+    @abstractmethod
+    def read_image(self, index: int) -> Tensor:
+        """Returns the pixels of a row, uint8 of shape (3, H, W); may raise ``OSError`` or ``ImageDecodeError``."""
+
+    @abstractmethod
+    def captions(self, index: int) -> list[str]:
+        """Returns every caption of a row, at least one."""
+
+    @abstractmethod
+    def sample_key(self, index: int) -> str:
+        """Returns a name of the row that is unique within the data set."""
+
+    def source(self, index: int) -> str:
+        """Returns ``real``, or the name of the generator."""
+        return Modality(self.modality[index]).name.lower()
+
+    def picture(self) -> np.ndarray:
+        """Returns a number per row, shape (N,), equal where rows show the same file: evaluation takes each file once."""
+        return np.arange(len(self))
+
+    def describe(self, index: int) -> str:
+        """Names a row in error messages."""
+        return f"{type(self).__name__} row {index + 1} (key {self.sample_key(index)!r})"
+
+    def image(self, index: int) -> Tensor:
+        """Returns the pixels of a row, uint8 of shape (3, H, W).
+
+        Raises:
+            ImageDecodeError: If the file is missing or does not decode; names the row.
+        """
+        try:
+            return self.read_image(index)
+        except FileNotFoundError as error:
+            raise ImageDecodeError(f"{self.describe(index)}: no file {error.filename}") from error
+        except (OSError, ImageDecodeError) as error:
+            raise ImageDecodeError(f"{self.describe(index)}: {error}") from error
+
+    def __getitem__(self, index: int) -> ImageTextSample:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        return ImageTextSample(
+            image=self.image(index),
+            captions=self.captions(index),
+            modality=int(self.modality[index]),
+            image_id=int(self.image_id[index]),
+            pair_id=int(self.pair_id[index]),
+            label=-1 if self.label is None else int(self.label[index]),
+            source=self.source(index),
+            sample_key=self.sample_key(index),
+        )
+
+
+def constant_modality(name: str, length: int) -> np.ndarray:
+    """Returns a column of one modality, shape (length,).
+
+    Raises:
+        ValueError: If the name is neither ``real`` nor ``generated``.
+    """
+    if name not in ("real", "generated"):
+        raise ValueError(f"Unknown modality {name!r}: use 'real' or 'generated'.")
+    return np.full(length, Modality[name.upper()], dtype=np.int64)

@@ -1,0 +1,123 @@
+"""The data set that ships with the package: the same concepts, drawn by several hands."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from gmail_lightning.datasets.base import ImageTextDataset, ModalityName, constant_modality, decode_image
+
+HANDS = ("noto", "fluent_flat", "fluent", "twemoji", "emojione")
+CONCEPT_SETS = ("paired", "novel")
+
+# {two} and {three} stand for up to that many keywords, joined as a list in words.
+TEMPLATES = {
+    "en": (
+        "{label}",
+        "a drawing of {label}",
+        "{label}, a picture about {two}",
+        "{group}: {label} with {three}",
+        "a picture about {three} from {subgroup}",
+    ),
+    "de": (
+        "{label}",
+        "eine Zeichnung: {label}",
+        "{label}, ein Bild über {two}",
+        "{group}: {label} mit {three}",
+        "ein Bild über {three} aus {subgroup}",
+    ),
+}
+AND = {"en": " and ", "de": " und "}
+
+
+@cache
+def _read(name: str) -> dict[str, list[Any]]:
+    """Reads one file of the pack into columns; several data sets of a process share it."""
+    with resources.files("gmail_lightning.datasets.emoji_pack").joinpath(f"{name}.parquet").open("rb") as file:
+        columns: dict[str, list[Any]] = pq.read_table(file).to_pydict()
+    return columns
+
+
+def _in_words(words: list[str], conjunction: str) -> str:
+    return conjunction.join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
+class EmojiDataset(ImageTextDataset):
+    """1594 concepts (64 px drawings, not photographs), each drawn once by a hand; ``emojione`` draws 1054 of them.
+
+    Noto stands for real images, every other hand for a generator. A row is paired with the rows of the same concept by
+    other hands: ``pair_id`` and ``image_id`` are the number of the concept. Concepts that are near copies of one another
+    are one family; families are divided by a stable hash into ``paired`` (75 %) and ``novel``, which an aligner
+    should never see. Labels and keywords come from Unicode CLDR, classes are its groups. Licences: ``NOTICE.md`` beside
+    the files.
+
+    Args:
+        hand: ``noto``, ``fluent_flat``, ``fluent``, ``twemoji`` or ``emojione``.
+        concept_set: ``paired``, ``novel``, or None for all concepts.
+        locale: Language of the captions, ``en`` or ``de``.
+        modality: Overrides the modality of the hand.
+
+    Raises:
+        ValueError: If a name is unknown; lists the known ones.
+    """
+
+    def __init__(
+        self,
+        hand: str = "noto",
+        concept_set: Literal["paired", "novel"] | None = None,
+        locale: str = "en",
+        modality: ModalityName | None = None,
+    ) -> None:
+        for argument, value, known in (
+            ("hand", hand, HANDS),
+            ("concept_set", concept_set, (*CONCEPT_SETS, None)),
+            ("locale", locale, tuple(TEMPLATES)),
+        ):
+            if value not in known:
+                raise ValueError(f"Unknown {argument} {value!r} of EmojiDataset. Known: {', '.join(map(str, known))}.")
+        self.hand, self.concept_set, self.locale = hand, concept_set, locale
+        concepts, drawings = _read("concepts"), _read(hand)
+        number = {concept: i for i, concept in enumerate(concepts["concept"])}
+        rows = [
+            (number[concept], drawing)
+            for concept, drawing in zip(drawings["concept"], drawings["image"], strict=True)
+            if concept_set in (None, concepts["concept_set"][number[concept]])
+        ]
+        self._drawings = [drawing for _, drawing in rows]
+        self.image_id = np.array([concept for concept, _ in rows], dtype=np.int64)
+        self.pair_id = self.image_id
+        self.modality = constant_modality(modality or ("real" if hand == "noto" else "generated"), len(rows))
+        self._source = "real" if self.modality[0] == 0 else hand
+        names = dict(sorted(zip(concepts["group"], concepts[f"group_{locale}"], strict=True)))
+        self.class_names = list(names.values())
+        self.label = np.searchsorted(list(names), np.array(concepts["group"])[self.image_id])
+
+    @property
+    def grammar(self) -> str:
+        """The templates of the captions, one a line."""
+        return "\n".join(TEMPLATES[self.locale])
+
+    def read_image(self, index: int) -> Tensor:  # noqa: D102
+        return decode_image(self._drawings[index])
+
+    def captions(self, index: int) -> list[str]:
+        """Returns one caption per template, in the order of the grammar: the first is the label."""
+        concepts, concept = _read("concepts"), int(self.image_id[index])
+        label, group, subgroup = (concepts[f"{c}_{self.locale}"][concept] for c in ("label", "group", "subgroup"))
+        tags = [tag for tag in concepts[f"tags_{self.locale}"][concept] if tag.lower() != label.lower()] or [subgroup]
+        two, three = _in_words(tags[:2], AND[self.locale]), _in_words(tags[:3], AND[self.locale])
+        return [
+            template.format(label=label, group=group, subgroup=subgroup, two=two, three=three)
+            for template in TEMPLATES[self.locale]
+        ]
+
+    def sample_key(self, index: int) -> str:  # noqa: D102
+        return f"{self.hand}/{_read('concepts')['concept'][int(self.image_id[index])]}"
+
+    def source(self, index: int) -> str:  # noqa: D102
+        return self._source

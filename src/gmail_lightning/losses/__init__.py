@@ -1,0 +1,6 @@
+"""Losses: functions of tensors, exact over all ranks; they normalise the features themselves."""
+
+from gmail_lightning.losses.alignment import alignment_loss
+from gmail_lightning.losses.contrastive import clip_loss, sigmoid_loss
+
+__all__ = ["alignment_loss", "clip_loss", "sigmoid_loss"]

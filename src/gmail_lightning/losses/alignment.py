@@ -1,0 +1,45 @@
+"""Alignment of generated images with the real images of their pairs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gmail_lightning.losses.contrastive import info_nce, scalar_like
+from gmail_lightning.losses.tiled import check_pairs
+
+
+def alignment_loss(
+    generated: Tensor,
+    real: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    ids: Tensor | None = None,
+    symmetric: bool = False,
+) -> Tensor:
+    """InfoNCE from every generated image to the real image of its pair (GMAIL, arXiv 2602.15368, equation 1).
+
+    The candidates are the real images of the batch, of all ranks. Precision, memory and ranks as in `clip_loss`. The
+    real features of a frozen encoder need no gradient; trained ones, as of a projection of their own, get theirs.
+
+    Args:
+        generated: Features of the generated images, shape (N, D). Normalised inside.
+        real: Features of the real images, shape (N, D); row i belongs to row i of ``generated``.
+        temperature: Divides the cosine similarities; may be learned.
+        ids: Ids of the real images, integers of shape (N,). A real image is no negative of another row that shows the
+            same one. Default: all differ.
+        symmetric: Whether to take the mean with InfoNCE from real to generated images; the equation does not.
+
+    Returns:
+        Scalar, the mean over all pairs.
+
+    Raises:
+        ValueError: If the temperature is not positive, and as `clip_loss`.
+
+    Example:
+        >>> alignment_loss(torch.eye(2), torch.eye(2), temperature=1.0)
+        tensor(0.3133)
+    """
+    if not float(temperature) > 0:
+        raise ValueError(f"temperature must be positive, got {float(temperature)}; the paper uses 0.07.")
+    check_pairs(generated, real, ids, ("generated", "real"))
+    return info_nce(generated, real, 1 / scalar_like(temperature, generated), ids, symmetric=symmetric)

@@ -1,0 +1,259 @@
+"""Contrastive losses over two sets of features: softmax (CLIP) and sigmoid (SigLIP)."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gmail_lightning.distributed import all_reduce, gather_rows, rank, world_size
+from gmail_lightning.losses.tiled import Derivative, LogitStrip, Pairs, check_pairs, gather_pairs, pair_gradients
+
+Partitions: TypeAlias = tuple[Tensor, Tensor | None, Tensor]  # of rows, of columns if wanted; logits of the pairs
+
+#: Exponentials are taken of logits up to this one, which leaves a factor of 1e8 to the number of rows in fp32.
+MAX_EXPONENT = 70.0
+#: A softmax whose log-partition is this far below the shift would lose terms that matter to underflow in fp32.
+MAX_DEPTH = 60.0
+
+
+def clip_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, *, ids: Tensor | None = None
+) -> Tensor:
+    """Symmetric InfoNCE between images and their texts (CLIP, arXiv 2103.00020, figure 3), over all ranks.
+
+    Exact, in O(N D) memory, at least in single precision whatever autocast says. A side that needs no gradient, such as
+    a frozen tower, costs none, and then the backward is a quarter cheaper. Under ``torch.distributed`` every rank gives
+    its own N rows and gets the loss of the joined batch; the gradients, averaged over ranks as data parallelism does,
+    are those of one process on the joined batch. The backward issues no collective.
+
+    Args:
+        image_features: Features, shape (N, D). Normalised inside.
+        text_features: Features, shape (N, D); row i belongs to row i of ``image_features``.
+        logit_scale: Factor of the cosine similarities, already exponentiated; may be learned.
+        ids: Integers, shape (N,). Rows with the same id are not negatives of one another. Default: all differ.
+
+    Returns:
+        Scalar, the mean over both directions and all pairs.
+
+    Raises:
+        ValueError: If the features are not N >= 1 pairs, ``ids`` has another length, or the ranks hold different numbers
+            of rows.
+
+    Example:
+        >>> clip_loss(torch.eye(2), torch.eye(2), 1.0)
+        tensor(0.3133)
+    """
+    check_pairs(image_features, text_features, ids, ("image_features", "text_features"))
+    if text_features.requires_grad and not image_features.requires_grad:
+        image_features, text_features = (
+            text_features,
+            image_features,
+        )  # symmetric, and cheaper with the trained side first
+    return info_nce(image_features, text_features, logit_scale, ids, symmetric=True)
+
+
+def sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """Pairwise sigmoid loss between images and texts (SigLIP, arXiv 2303.15343, section 3.2), over all ranks.
+
+    Precision, memory, frozen sides and ranks as in `clip_loss`.
+
+    Args:
+        image_features: Features, shape (N, D). Normalised inside.
+        text_features: Features, shape (N, D); row i belongs to row i of ``image_features``.
+        logit_scale: Factor of the cosine similarities, already exponentiated; may be learned.
+        logit_bias: Added to the scaled similarities; may be learned.
+        ids: Integers, shape (N,). Two rows with the same id are not a negative pair. Default: all differ.
+
+    Returns:
+        Scalar, the sum over all pairs of rows divided by the number of rows.
+
+    Raises:
+        ValueError: As `clip_loss`.
+
+    Example:
+        >>> sigmoid_loss(torch.eye(2), torch.eye(2), 10.0, -10.0)
+        tensor(0.6932)
+    """
+    check_pairs(image_features, text_features, ids, ("image_features", "text_features"))
+    if text_features.requires_grad and not image_features.requires_grad:
+        image_features, text_features = text_features, image_features
+    scale, bias = scalar_like(logit_scale, image_features), scalar_like(logit_bias, image_features)
+    loss: Tensor = _Sigmoid.apply(image_features, text_features, scale, bias, ids)
+    return loss
+
+
+def info_nce(
+    anchors: Tensor, candidates: Tensor, scale: float | Tensor, ids: Tensor | None, *, symmetric: bool
+) -> Tensor:
+    """InfoNCE from anchors to candidates, and with ``symmetric`` the mean of both directions; inputs as `clip_loss`."""
+    loss: Tensor = _InfoNCE.apply(anchors, candidates, scalar_like(scale, anchors), ids, symmetric)
+    return loss
+
+
+def scalar_like(value: float | Tensor, features: Tensor) -> Tensor:
+    """A number as a 0-d tensor beside the features, at least in single precision; differentiable."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    return torch.as_tensor(value, dtype=dtype, device=features.device).reshape(())
+
+
+class _InfoNCE(torch.autograd.Function):
+    """L = 1/N sum_i (r_i - S_ii) with r_i = log sum_j exp S_ij; symmetric, the mean of that and the same of S transposed.
+
+    dL/dS_ij = 1/N (exp(S_ij - r_i) - delta_ij), likewise for the columns.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchors: Tensor, candidates: Tensor, scale: Tensor, ids: Tensor | None, symmetric: bool
+    ) -> Tensor:
+        with torch.autocast(anchors.device.type, enabled=False):
+            pairs = gather_pairs(anchors, candidates, ids, ctx.needs_input_grad)
+            ctx.scale = float(scale)
+            ctx.shift = max(0.0, abs(ctx.scale) - MAX_EXPONENT)
+            strip = pairs.strip(ctx.scale)
+            row, column, positive = _join_ranks(*_partitions_by_shared_exp(strip, ctx.shift, symmetric))
+            lowest = row.min() if column is None else torch.minimum(row.min(), column.min())
+            if not lowest > ctx.shift - MAX_DEPTH:  # NaN too; all ranks decide alike
+                ctx.shift = None
+                row, column, positive = _join_ranks(*_partitions(strip, symmetric))
+            loss = (row - positive).mean()
+            if column is not None:
+                loss = (loss + (column - positive).mean()) / 2
+        ctx.save_for_backward(*pairs, row, column)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, row, column = ctx.saved_tensors
+        pairs = Pairs(*tensors)
+        mine = slice(rank() * len(pairs.rows), (rank() + 1) * len(pairs.rows))
+        derivative = _softmax_derivative(row[mine], column, ctx.shift)
+        transposed = _softmax_derivative(None if column is None else column[mine], row, ctx.shift)
+        # Data parallelism averages the gradients of the ranks, and the global gradient is their sum.
+        factor = grad * world_size() / (len(row) if column is None else 2 * len(row))
+        with torch.autocast(grad.device.type, enabled=False):
+            grads = pair_gradients(pairs, ctx.scale, derivative, transposed, factor, ctx.needs_input_grad[1])
+        return *grads, None, None
+
+
+def _partitions_by_shared_exp(strip: LogitStrip, shift: float, symmetric: bool) -> Partitions:
+    """Log-partitions of rows (n,) and columns (N,) of the strip, and logits of the pairs (n,), from one exp per logit.
+
+    All exponentials are taken of S - shift, one shift for all. They cannot overflow, since |S| <= scale; where they
+    underflow, a log-partition far below the shift shows it, and the caller takes `_partitions`.
+    """
+    row, positive = strip.columns.new_zeros(2, len(strip.rows))
+    column = strip.columns.new_zeros(len(strip.columns)) if symmetric else None
+    for i, unit in strip.row_blocks():
+        for j, tile in strip.tiles(i, unit):
+            where, logits = strip.positives(i, j, tile)
+            positive[where] = logits
+            if shift > 0:
+                tile.sub_(shift)
+            tile.exp_()
+            row[i] += tile.sum(1)
+            if column is not None:
+                column[j] += tile.sum(0)
+    return row.log_().add_(shift), None if column is None else column.log_().add_(shift), positive
+
+
+def _partitions(strip: LogitStrip, symmetric: bool) -> Partitions:
+    """As `_partitions_by_shared_exp` for logits of any range: rows and columns have exponentials of their own."""
+    row, positive = strip.columns.new_full((2, len(strip.rows)), -torch.inf)
+    column = strip.columns.new_full((len(strip.columns),), -torch.inf) if symmetric else None
+    for i, unit in strip.row_blocks():
+        for j, tile in strip.tiles(i, unit):
+            where, logits = strip.positives(i, j, tile)
+            positive[where] = logits
+            row[i] = torch.logaddexp(row[i], tile.logsumexp(1))
+            if column is not None:
+                column[j] = torch.logaddexp(column[j], tile.logsumexp(0))
+    return row, column, positive
+
+
+def _join_ranks(row: Tensor, column: Tensor | None, positive: Tensor) -> Partitions:
+    """Joins the rows of all ranks, and completes the columns, of which every rank has summed over its own rows."""
+    if world_size() == 1:
+        return row, column, positive
+    row, positive = gather_rows(torch.stack([row, positive], dim=1)).unbind(1)
+    if column is not None:
+        highest = all_reduce(column.clone(), "max")
+        column = all_reduce((column - highest).exp_(), "sum").log_().add_(highest)
+    return row, column, positive
+
+
+def _softmax_derivative(row: Tensor | None, column: Tensor | None, shift: float | None) -> Derivative:
+    """Derivative by S of sum_i (row_i - S_ii) + sum_j (column_j - S_jj); a direction without log-partitions is left out.
+
+    With a shift, one exponential serves both directions:
+    exp(S - r_i) + exp(S - c_j) = exp(S - shift) * (exp(shift - r_i) + exp(shift - c_j)).
+    """
+
+    def derivative(strip: LogitStrip, i: slice, j: slice, tile: Tensor) -> None:
+        partitions = [] if row is None else [row[i, None]]
+        partitions += [] if column is None else [column[None, j]]
+        if shift is None:
+            terms = [(tile - partition).exp_() for partition in partitions]
+            torch.add(terms[0], terms[1], out=tile) if len(terms) == 2 else tile.copy_(terms[0])
+        else:
+            factors = [(shift - partition).exp_() for partition in partitions]
+            if shift > 0:
+                tile.sub_(shift)
+            tile.exp_().mul_(factors[0] + factors[1] if len(factors) == 2 else factors[0])
+        strip.positives(i, j, tile)[1].sub_(len(partitions))
+
+    return derivative
+
+
+class _Sigmoid(torch.autograd.Function):
+    """L = 1/N sum_ij softplus(-z_ij l_ij) with l_ij = S_ij + bias and z_ij = 1 for pairs, -1 for all others.
+
+    dL/dl_ij = -z_ij/N sigmoid(-z_ij l_ij).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            pairs = gather_pairs(rows, columns, ids, ctx.needs_input_grad)
+            ctx.scale = float(scale)
+            strip = pairs.strip(ctx.scale)
+            total = torch.zeros_like(bias)
+            for i, unit in strip.row_blocks():
+                for j, tile in strip.tiles(i, unit):
+                    strip.positives(i, j, tile.add_(bias))[1].neg_()
+                    total += F.softplus(tile).sum()
+            total = all_reduce(total, "sum")
+        ctx.save_for_backward(*pairs, bias)
+        return total / len(pairs.unit_columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, bias = ctx.saved_tensors
+        pairs = Pairs(*tensors)
+        grad_bias = torch.zeros_like(bias)
+
+        def transposed(strip: LogitStrip, i: slice, j: slice, tile: Tensor) -> None:
+            strip.positives(i, j, tile.add_(bias))[1].neg_()
+            strip.positives(i, j, tile.sigmoid_())[1].neg_()
+
+        def derivative(strip: LogitStrip, i: slice, j: slice, tile: Tensor) -> None:
+            transposed(strip, i, j, tile)
+            grad_bias.add_(tile.sum())
+
+        factor = grad * world_size() / len(pairs.unit_columns)
+        with torch.autocast(grad.device.type, enabled=False):
+            grads = pair_gradients(pairs, ctx.scale, derivative, transposed, factor, ctx.needs_input_grad[1])
+        return *grads, grad_bias.mul_(factor), None

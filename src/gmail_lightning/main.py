@@ -1,0 +1,115 @@
+"""The command ``gmail-lightning``: Lightning's verbs, and export, doctor and recipes beside them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EPILOG = """beside them:
+  export CHECKPOINT --to open_clip --out DIR   write the trained encoder as a model that plain open_clip loads
+  recipes list | copy NAME [TARGET]            show or copy the recipes that ship with the package
+  doctor                                       say what is installed, and what this machine can do
+exit status: 0 done, 2 bad configuration, 3 a problem of the data, 1 anything else
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status.
+
+    Args:
+        args: Arguments; those of the process by default.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    sys.path.insert(0, os.getcwd())  # a class of one's own in the working directory has an import path
+    verb = args[0] if args else ""
+    if verb == "--version":
+        from gmail_lightning import __version__
+
+        print(f"gmail-lightning {__version__}")
+        return 0
+    if verb == "doctor":
+        from gmail_lightning.doctor import report
+
+        print(report())
+        return 0
+    if verb == "recipes":
+        return _recipes(args[1:])
+    if verb == "export":
+        return _export(args[1:])
+    return _fit_or_evaluate(args)
+
+
+def _fit_or_evaluate(args: list[str]) -> int:
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from gmail_lightning.cli import GmailCLI
+    from gmail_lightning.datasets import DataError
+
+    try:
+        GmailCLI.run(args)
+    except DataError as error:
+        return _fail(3, "Data problem", error)
+    except MisconfigurationException as error:
+        return _fail(2, "Bad configuration", error)
+    return 0
+
+
+def _fail(status: int, kind: str, error: Exception) -> int:
+    print(f"{kind}: {error}", file=sys.stderr)
+    return status
+
+
+def _export(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("gmail-lightning export", description="Merges a checkpoint into a plain model.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--to", choices=["open_clip"], default="open_clip")
+    parser.add_argument("--out", type=Path, help="new folder; default: the checkpoint's name beside it")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    given = parser.parse_args(args)
+    out = given.out or given.checkpoint.with_name(f"{given.checkpoint.stem}-{given.to}")
+    from gmail_lightning.export import export_checkpoint
+
+    try:
+        export_checkpoint(given.checkpoint, out, to=given.to, dtype=given.dtype)
+    except (ValueError, OSError) as error:
+        return _fail(2, "Not exported", error)
+    print(f"Wrote {out}")
+    return 0
+
+
+def recipes_folder() -> Path:
+    """Folder of the recipes: inside the installed package, or beside ``src`` in a source tree."""
+    here = Path(__file__).parent
+    return here / "recipes" if (here / "recipes").is_dir() else here.parents[1] / "recipes"
+
+
+def _recipes(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("gmail-lightning recipes", description="The recipes that ship with the package.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="every recipe with its first line")
+    copy = verbs.add_parser("copy", help="copy one recipe to edit it")
+    copy.add_argument("name", help="as listed, for instance emoji/align.yaml")
+    copy.add_argument("target", type=Path, nargs="?", help="file or folder; default: its file name, here")
+    given = parser.parse_args(args)
+    folder = recipes_folder()
+    known = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*.yaml"))}
+    if given.verb == "list":
+        for name, path in known.items():
+            print(f"{name:<34} {path.read_text().splitlines()[0].removeprefix('# ')}")
+        return 0
+    name = given.name if given.name.endswith(".yaml") else f"{given.name}.yaml"
+    if name not in known:
+        print(f"No recipe {given.name!r}. Known: {', '.join(known)}.", file=sys.stderr)
+        return 2
+    target = given.target or Path(Path(name).name)
+    target = target / Path(name).name if target.is_dir() else target
+    if target.exists():
+        print(f"{target} exists; it is not overwritten.", file=sys.stderr)
+        return 2
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(known[name].read_text())
+    print(f"Wrote {target}")
+    return 0

@@ -1,0 +1,18 @@
+"""Encoders, and the adaptation that gives one tower two branches. Heavy packages load with the encoder that needs them."""
+
+from gmail_lightning.models.base import DualEncoder, ImageEncoder, LoRATarget
+from gmail_lightning.models.hf_clip import HFCLIPEncoder
+from gmail_lightning.models.lora import add_lora, merge_lora
+from gmail_lightning.models.modality import ModalityEncoder
+from gmail_lightning.models.open_clip import OpenCLIPEncoder
+
+__all__ = [
+    "DualEncoder",
+    "HFCLIPEncoder",
+    "ImageEncoder",
+    "LoRATarget",
+    "ModalityEncoder",
+    "OpenCLIPEncoder",
+    "add_lora",
+    "merge_lora",
+]

@@ -1,0 +1,265 @@
+"""``BaseTask``: one step, metrics per evaluation set, small checkpoints that load."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.utils.checkpoint import checkpoint
+from torchmetrics import Metric
+
+from gmail_lightning.models.base import ImageEncoder
+from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference
+from gmail_lightning.models.modality import is_adapter_key
+from gmail_lightning.optim import WarmupCosine, parameter_groups
+from gmail_lightning.types import ImageTextBatch, InputSpec
+
+PLAIN = (str, int, float, bool, type(None))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(v) for v in value)
+    if isinstance(value, dict):
+        return all(_is_plain(v) for v in value.values())
+    return isinstance(value, PLAIN)
+
+
+def in_chunks(encode: Callable[..., Tensor], *rows: Tensor, chunk_size: int | None) -> Tensor:
+    """Encodes a batch in chunks whose activations are recomputed in the backward, with the exact gradients of one pass.
+
+    Args:
+        encode: Maps tensors of n rows to features (n, D).
+        rows: Tensors with B rows each.
+        chunk_size: Rows per chunk; None encodes in one piece and keeps the activations.
+
+    Returns:
+        Features of shape (B, D).
+    """
+    if chunk_size is None or len(rows[0]) <= chunk_size:
+        return encode(*rows)
+    pieces = zip(*(r.split(chunk_size) for r in rows), strict=True)
+    return torch.cat([checkpoint(encode, *piece, use_reentrant=False) for piece in pieces])
+
+
+class BaseTask(LightningModule, ABC):
+    """What every task shares; a subclass says what is computed, not how it is logged, stored or resumed.
+
+    Subclasses implement ``input_spec`` and, to be fitted, ``compute_losses``; to be evaluated, ``build_metrics`` and
+    ``update_metrics``. Checkpoints hold trainable tensors, adapters and projections, and the fingerprint of the frozen
+    encoder they belong to.
+
+    Args:
+        optimizer: Called with the parameter groups of ``optim.parameter_groups``. Default: AdamW, lr 1e-4, weight
+            decay 0.01 (GMAIL, section 4.1).
+        scheduler: Called with the optimizer, stepped every batch. Default: ``WarmupCosine`` over ``trainer.max_steps``
+            where that is set, else a constant rate.
+        warmup_steps: Of the default schedule.
+        allow_small_negatives: Accept gradient accumulation with a batch-contrastive loss.
+    """
+
+    #: True where the loss contrasts rows of one batch, so that accumulating gradients does not enlarge the batch.
+    batch_contrastive: ClassVar[bool] = False
+    encoder: ImageEncoder
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+        allow_small_negatives: bool = False,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # frozen tensors are not in the checkpoint; on_load_checkpoint checks the rest
+        self.optimizer, self.scheduler, self.warmup_steps = optimizer, scheduler, warmup_steps
+        self.allow_small_negatives = allow_small_negatives
+        self.metrics = nn.ModuleDict()
+        #: Values of the last evaluation, by set: what the callbacks draw and print.
+        self.results: dict[str, dict[str, float]] = {}
+        self._gradients_checked = False
+        self._replaced = 0
+
+    # What a subclass says
+
+    @property
+    @abstractmethod
+    def input_spec(self) -> InputSpec:
+        """What the data module must deliver; from configuration, before any weight is built."""
+
+    def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
+        """Every term by name, the total under ``loss``."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be fitted: it defines no compute_losses.")
+
+    def build_metrics(self) -> dict[str, Metric]:
+        """Fresh metrics for one evaluation set; the values of all are logged under ``<stage>/<set>/``."""
+        return {}
+
+    def update_metrics(self, metrics: nn.ModuleDict, batch: ImageTextBatch) -> None:
+        """Adds one evaluation batch to the metrics of its set."""
+        raise NotImplementedError(f"{type(self).__name__} defines no update_metrics.")
+
+    @property
+    def pretrained(self) -> bool:
+        """False where evaluating without a checkpoint would evaluate random weights."""
+        return self.encoder.pretrained
+
+    # Steps and logging
+
+    def setup(self, stage: str) -> None:
+        """Refuses settings that would train silently wrong, and builds the metrics of the evaluation sets."""
+        trainer = self.trainer
+        if stage == "fit" and self.batch_contrastive and not self.allow_small_negatives:
+            if trainer.accumulate_grad_batches != 1:
+                raise ValueError(
+                    f"accumulate_grad_batches={trainer.accumulate_grad_batches} gives a batch-contrastive loss no "
+                    "further negatives. Raise batch_size and set contrastive_chunk_size to fit it into memory, or set "
+                    "allow_small_negatives=True to accept the smaller batch."
+                )
+        adapted = any(is_adapter_key(key) for key in self.state_dict())
+        if adapted and trainer.precision in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
+            raise ValueError(f"precision={trainer.precision!r}: adapted weights are held in fp32; use bf16-mixed.")
+        # Frozen towers have constant buffers; leaving them out keeps evaluation steps free of collectives under DDP.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        if stage != "predict":
+            verb = "test" if stage == "test" else "val"
+            names = getattr(getattr(trainer, "datamodule", None), "eval_sets", None) or ["eval"]
+            for name in names:
+                self.metrics[f"{verb}/{name}".replace(".", "_")] = nn.ModuleDict(self.build_metrics())
+
+    def _step(self, batch: ImageTextBatch, stage: str) -> Tensor:
+        losses = self.compute_losses(batch)
+        if "replaced" in batch:
+            self._replaced += int(batch["replaced"].sum())
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            if not torch.isfinite(losses["loss"]):
+                terms = ", ".join(f"{k}={v.item():.4g}" for k, v in losses.items())
+                raise RuntimeError(f"The loss is not finite at step {self.trainer.global_step}: {terms}.")
+            values = {f"{stage}/{k}": v.detach() for k, v in losses.items()}
+            self.log_dict(values, batch_size=len(batch["modality"]), prog_bar=True)
+            self.log(f"{stage}/replaced", float(self._replaced), sync_dist=True, reduce_fx="sum", batch_size=1)
+        return losses["loss"]
+
+    def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
+        """One optimisation step."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: ImageTextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds a batch to the metrics of its set; issues no collective, so ranks may have unequal numbers of batches."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: ImageTextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As ``validation_step``."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: ImageTextBatch, stage: str) -> None:
+        metrics = self.metrics[f"{stage}/{batch.get('eval_set', 'eval')}".replace(".", "_")]
+        self.update_metrics(metrics, batch)  # type: ignore[arg-type]
+
+    def on_validation_epoch_end(self) -> None:
+        """Computes and logs the metrics of every set."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Computes and logs the metrics of every set."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        for key, metrics in self.metrics.items():
+            if not key.startswith(f"{stage}/"):
+                continue
+            values: dict[str, Tensor] = {}
+            for metric in metrics.children():
+                values.update(metric.compute())
+                metric.reset()
+            self.results[key.removeprefix(f"{stage}/")] = {k: float(v) for k, v in values.items()}
+            # The metric has already been reduced over ranks.
+            self.log_dict({f"{key}/{k}": v for k, v in values.items()}, batch_size=1)
+
+    def on_after_backward(self) -> None:
+        """After the first backward, names trainable tensors that no loss reaches: DDP would hang or drop them."""
+        if self._gradients_checked:
+            return
+        self._gradients_checked = True
+        without = [name for name, p in self.named_parameters() if p.requires_grad and p.grad is None]
+        if without:
+            raise RuntimeError(
+                f"{len(without)} trainable tensors got no gradient: {', '.join(without[:8])}{' ...' if len(without) > 8 else ''}."
+                " Freeze them with requires_grad_(False), or let a loss reach them."
+            )
+
+    def configure_optimizers(self) -> Any:
+        """The user's optimizer and schedule, or AdamW with ``WarmupCosine``."""
+        groups = parameter_groups(self.parameters())
+        if not groups:
+            raise ValueError(f"{type(self).__name__}: nothing is trainable.")
+        build: Callable[..., Optimizer] = self.optimizer or (lambda p: AdamW(p, lr=1e-4, weight_decay=0.01))
+        optimizer = build(groups)
+        if self.scheduler is not None:
+            schedule = self.scheduler(optimizer)
+        elif self.trainer.max_steps > 0:
+            schedule = WarmupCosine(optimizer, self.trainer.max_steps, self.warmup_steps)
+        elif self.warmup_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} needs trainer.max_steps, which is not set.")
+        else:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Checkpoints
+
+    def record_hyperparameters(self) -> None:
+        """Call it first in a constructor, after ``super().__init__()``: saves the arguments of that constructor.
+
+        What the command line recorded is plain and rebuilds the task without arguments. Where it recorded nothing (a
+        task built in Python) live objects are kept out: pass them to ``load_from_checkpoint`` again.
+        """
+        frame = inspect.currentframe()
+        frame = frame.f_back if frame else None
+        live = [] if _given_hyperparameters.get() else [k for k, v in (frame.f_locals if frame else {}).items() if not _is_plain(v)]
+        self.save_hyperparameters(ignore=live, frame=frame)
+
+    def _kept_keys(self) -> set[str]:
+        """Keys of the state that a checkpoint holds."""
+        state = self.state_dict(keep_vars=True)
+        return {k for k, v in state.items() if v.requires_grad or is_adapter_key(k)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drops frozen tensors and adds the fingerprint of the encoder they belong to."""
+        kept = self._kept_keys()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        if any(p.requires_grad for p in self.encoder.parameters()) and not self._frozen_base():
+            return  # every weight is in the checkpoint: there is no base to compare
+        checkpoint["base_fingerprint"] = fingerprint(self.encoder)
+
+    def _frozen_base(self) -> bool:
+        kept = self._kept_keys()
+        return any(k not in kept for k in self.encoder_keys())
+
+    def encoder_keys(self) -> list[str]:
+        """Keys of the encoder's parameters in this task's state."""
+        return [f"encoder.{k}" for k, v in self.encoder.state_dict(keep_vars=True).items() if isinstance(v, nn.Parameter)]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint fits: the same trained tensors, the same frozen base.
+
+        Raises:
+            ValueError: Naming the tensors that are missing or unknown, or both fingerprints and their difference.
+        """
+        kept, given = self._kept_keys(), set(checkpoint["state_dict"])
+        if kept != given:
+            missing, unknown = sorted(kept - given)[:5], sorted(given - kept)[:5]
+            raise ValueError(
+                f"The checkpoint does not fit {type(self).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}. "
+                "Were rank, targets or projection changed?"
+            )
+        if "base_fingerprint" in checkpoint:
+            difference = fingerprint_difference(checkpoint["base_fingerprint"], fingerprint(self.encoder))
+            if difference:
+                raise ValueError(f"The checkpoint was trained on another frozen encoder: {difference}")

@@ -1,0 +1,46 @@
+"""Who may import whom, and what importing the package costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gmail_lightning
+
+ROOT = Path(gmail_lightning.__file__).parent
+LAYERS = {
+    "types": set(),
+    "distributed": set(),
+    "optim": set(),
+    "losses": {"types", "distributed"},
+    "metrics": {"types", "distributed"},
+    "transforms": {"types", "distributed"},
+    "models": {"types", "distributed", "losses", "transforms"},
+    "datasets": {"types", "transforms"},
+    "samplers": {"types", "datasets"},
+    "datamodules": {"types", "datasets", "samplers", "transforms", "distributed"},
+    "tasks": {"types", "distributed", "optim", "losses", "metrics", "models"},
+    "callbacks": {"types", "metrics", "models", "tasks", "datamodules"},
+    "export": {"types", "models", "tasks"},
+}
+FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0].removesuffix(".py") in LAYERS]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gmail_lightning."):
+            imported.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            imported |= {a.name.split(".")[1] for a in node.names if a.name.startswith("gmail_lightning.")}
+    assert imported - {own} <= LAYERS[own]
+
+
+def test_import_loads_no_heavy_package() -> None:
+    code = "import sys, gmail_lightning; print({'torch', 'lightning', 'diffusers', 'transformers', 'open_clip'} & set(sys.modules))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "set()"
