@@ -128,8 +128,8 @@ class MixedModalityDataModule(LightningDataModule):
         self._sampler = sampler
         self._seek()
         rank_zero_info(
-            f"Batch: {self.batch_size} rows per device x {num_replicas} = {sampler.global_batch_size} rows; each device: "
-            f"{sampler.generated_per_batch} generated and {self.batch_size - sampler.generated_per_batch} real "
+            f"Batch: {self.batch_size} rows per device x {num_replicas} = {sampler.global_batch_size} rows; each device "
+            f"sees {sampler.generated_per_batch} generated and {self.batch_size - sampler.generated_per_batch} real rows "
             f"({self.mode}); {sampler.steps_per_epoch} batches per epoch."
         )
         if sampler.pairs is not None and sampler.pairs.num_unpaired_real:
@@ -203,9 +203,9 @@ class MixedModalityDataModule(LightningDataModule):
             progress.update(epoch=sampler.epoch, step=0, replaced=0)
         elif progress["step"] and progress["global_batch_size"] != sampler.global_batch_size:
             raise ValueError(
-                f"The checkpoint was written at batch {progress['step']} of epoch {progress['epoch']} with global batches "
-                f"of {progress['global_batch_size']} rows, now they have {sampler.global_batch_size}: choose batch_size "
-                "such that batch_size x devices is the same, or resume from the end of an epoch."
+                f"The checkpoint was written at batch {progress['step']} of epoch {progress['epoch']}, with "
+                f"{progress['global_batch_size']} rows in a global batch; now they are {sampler.global_batch_size}. "
+                "Choose batch_size such that batch_size x devices is the same, or resume from the end of an epoch."
             )
         progress["step"] += 1
         progress["global_batch_size"] = sampler.global_batch_size
@@ -219,8 +219,8 @@ class MixedModalityDataModule(LightningDataModule):
         )
         if progress["replaced"] > allowed:
             raise DataError(
-                f"{summary}. More than max_replaced_fraction={self.max_replaced_fraction} allows: repair or remove such "
-                "images, or raise the fraction."
+                f"{summary}. That is more than max_replaced_fraction={self.max_replaced_fraction}: repair or remove "
+                "such images, or raise the fraction."
             )
         if before < 5:
             rank_zero_warn(summary)

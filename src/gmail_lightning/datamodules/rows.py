@@ -169,6 +169,7 @@ class EvaluationRows(Dataset[ImageTextBatch]):
         batch = collate(self.table, rows, index, self.spec, images, texts, text_row)
         batch["caption"] = [captions[0] for captions in references]
         batch["references"] = references
+        batch["row_id"] = torch.tensor(items)
         if self.eval_set is not None:
             batch["eval_set"] = self.eval_set
         return batch

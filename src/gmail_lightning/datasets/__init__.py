@@ -1,6 +1,17 @@
 """Data sets of images and captions. Each row says whether its image is real or generated."""
 
 from gmail_lightning.datasets.base import DataError, ImageDecodeError, ImageTextDataset
+from gmail_lightning.datasets.coco import CocoCaptions
 from gmail_lightning.datasets.emoji import EmojiDataset
+from gmail_lightning.datasets.image_folder import ImageFolder
+from gmail_lightning.datasets.manifest import ManifestDataset
 
-__all__ = ["DataError", "EmojiDataset", "ImageDecodeError", "ImageTextDataset"]
+__all__ = [
+    "CocoCaptions",
+    "DataError",
+    "EmojiDataset",
+    "ImageDecodeError",
+    "ImageFolder",
+    "ImageTextDataset",
+    "ManifestDataset",
+]

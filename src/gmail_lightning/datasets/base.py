@@ -127,7 +127,7 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
         return Modality(self.modality[index]).name.lower()
 
     def picture(self) -> np.ndarray:
-        """Returns a number per row, shape (N,), equal where rows show the same file: evaluation takes each file once."""
+        """Returns a number per row, shape (N,), equal where rows show one file: evaluation takes each file once."""
         return np.arange(len(self))
 
     def describe(self, index: int) -> str:

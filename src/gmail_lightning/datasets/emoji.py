@@ -43,6 +43,12 @@ def _read(name: str) -> dict[str, list[Any]]:
     return columns
 
 
+@cache
+def _pixels(hand: str, row: int) -> Tensor:
+    """Decodes one drawing of a hand; all of a hand are 20 MB, so each is decoded once per process."""
+    return decode_image(_read(hand)["image"][row])
+
+
 def _in_words(words: list[str], conjunction: str) -> str:
     return conjunction.join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
@@ -50,11 +56,10 @@ def _in_words(words: list[str], conjunction: str) -> str:
 class EmojiDataset(ImageTextDataset):
     """1594 concepts (64 px drawings, not photographs), each drawn once by a hand; ``emojione`` draws 1054 of them.
 
-    Noto stands for real images, every other hand for a generator. A row is paired with the rows of the same concept by
-    other hands: ``pair_id`` and ``image_id`` are the number of the concept. Concepts that are near copies of one another
-    are one family; families are divided by a stable hash into ``paired`` (75 %) and ``novel``, which an aligner
-    should never see. Labels and keywords come from Unicode CLDR, classes are its groups. Licences: ``NOTICE.md`` beside
-    the files.
+    Noto stands for real images, every other hand for a generator. Rows of one concept by several hands are pairs:
+    ``pair_id`` and ``image_id`` are the number of the concept. Concepts that are near copies of one another form one
+    family; families are divided by a stable hash into ``paired`` (75 %) and ``novel``, which an aligner should never see.
+    Labels and keywords come from Unicode CLDR, classes are its groups. Licences: ``NOTICE.md`` beside the files.
 
     Args:
         hand: ``noto``, ``fluent_flat``, ``fluent``, ``twemoji`` or ``emojione``.
@@ -81,15 +86,12 @@ class EmojiDataset(ImageTextDataset):
             if value not in known:
                 raise ValueError(f"Unknown {argument} {value!r} of EmojiDataset. Known: {', '.join(map(str, known))}.")
         self.hand, self.concept_set, self.locale = hand, concept_set, locale
-        concepts, drawings = _read("concepts"), _read(hand)
+        concepts = _read("concepts")
         number = {concept: i for i, concept in enumerate(concepts["concept"])}
-        rows = [
-            (number[concept], drawing)
-            for concept, drawing in zip(drawings["concept"], drawings["image"], strict=True)
-            if concept_set in (None, concepts["concept_set"][number[concept]])
-        ]
-        self._drawings = [drawing for _, drawing in rows]
-        self.image_id = np.array([concept for concept, _ in rows], dtype=np.int64)
+        drawn = [number[concept] for concept in _read(hand)["concept"]]
+        rows = [row for row, i in enumerate(drawn) if concept_set in (None, concepts["concept_set"][i])]
+        self._rows = rows  # of the file of the hand
+        self.image_id = np.array([drawn[row] for row in rows], dtype=np.int64)
         self.pair_id = self.image_id
         self.modality = constant_modality(modality or ("real" if hand == "noto" else "generated"), len(rows))
         self._source = "real" if self.modality[0] == 0 else hand
@@ -103,7 +105,7 @@ class EmojiDataset(ImageTextDataset):
         return "\n".join(TEMPLATES[self.locale])
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
-        return decode_image(self._drawings[index])
+        return _pixels(self.hand, self._rows[index]).clone()
 
     def captions(self, index: int) -> list[str]:
         """Returns one caption per template, in the order of the grammar: the first is the label."""

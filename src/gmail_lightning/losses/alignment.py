@@ -39,7 +39,8 @@ def alignment_loss(
         >>> alignment_loss(torch.eye(2), torch.eye(2), temperature=1.0)
         tensor(0.3133)
     """
-    if not float(temperature) > 0:
-        raise ValueError(f"temperature must be positive, got {float(temperature)}; the paper uses 0.07.")
     check_pairs(generated, real, ids, ("generated", "real"))
-    return info_nce(generated, real, 1 / scalar_like(temperature, generated), ids, symmetric=symmetric)
+    temperature = scalar_like(temperature, generated)
+    if not temperature.item() > 0:
+        raise ValueError(f"temperature must be positive, got {temperature.item():g}; the paper uses 0.07.")
+    return info_nce(generated, real, 1 / temperature, ids, symmetric=symmetric)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import torch
@@ -12,12 +13,12 @@ from torch.autograd.function import once_differentiable
 from gmail_lightning.distributed import all_reduce, gather_rows, rank, world_size
 from gmail_lightning.losses.tiled import Derivative, LogitStrip, Pairs, check_pairs, gather_pairs, pair_gradients
 
-Partitions: TypeAlias = tuple[Tensor, Tensor | None, Tensor]  # of rows, of columns if wanted; logits of the pairs
-
 #: Exponentials are taken of logits up to this one, which leaves a factor of 1e8 to the number of rows in fp32.
 MAX_EXPONENT = 70.0
-#: A softmax whose log-partition is this far below the shift would lose terms that matter to underflow in fp32.
-MAX_DEPTH = 60.0
+#: A smaller sum of exponentials may miss terms that matter, because they underflow in fp32.
+MIN_SUM = math.exp(-60)
+
+Sums: TypeAlias = tuple[Tensor, Tensor | None, Tensor]  # over rows, over columns if symmetric; logits of the pairs
 
 
 def clip_loss(
@@ -26,7 +27,7 @@ def clip_loss(
     """Symmetric InfoNCE between images and their texts (CLIP, arXiv 2103.00020, figure 3), over all ranks.
 
     Exact, in O(N D) memory, at least in single precision whatever autocast says. A side that needs no gradient, such as
-    a frozen tower, costs none, and then the backward is a quarter cheaper. Under ``torch.distributed`` every rank gives
+    a frozen tower, costs none, and then the whole is a quarter cheaper. Under ``torch.distributed`` every rank gives
     its own N rows and gets the loss of the joined batch; the gradients, averaged over ranks as data parallelism does,
     are those of one process on the joined batch. The backward issues no collective.
 
@@ -40,8 +41,8 @@ def clip_loss(
         Scalar, the mean over both directions and all pairs.
 
     Raises:
-        ValueError: If the features are not N >= 1 pairs, ``ids`` has another length, or the ranks hold different numbers
-            of rows.
+        ValueError: If the features are not N >= 1 pairs, ``ids`` has another length, or the ranks hold different
+            numbers of rows.
 
     Example:
         >>> clip_loss(torch.eye(2), torch.eye(2), 1.0)
@@ -49,10 +50,7 @@ def clip_loss(
     """
     check_pairs(image_features, text_features, ids, ("image_features", "text_features"))
     if text_features.requires_grad and not image_features.requires_grad:
-        image_features, text_features = (
-            text_features,
-            image_features,
-        )  # symmetric, and cheaper with the trained side first
+        image_features, text_features = text_features, image_features  # the same loss, cheaper: see `gather_pairs`
     return info_nce(image_features, text_features, logit_scale, ids, symmetric=True)
 
 
@@ -87,7 +85,7 @@ def sigmoid_loss(
     """
     check_pairs(image_features, text_features, ids, ("image_features", "text_features"))
     if text_features.requires_grad and not image_features.requires_grad:
-        image_features, text_features = text_features, image_features
+        image_features, text_features = text_features, image_features  # as in clip_loss
     scale, bias = scalar_like(logit_scale, image_features), scalar_like(logit_bias, image_features)
     loss: Tensor = _Sigmoid.apply(image_features, text_features, scale, bias, ids)
     return loss
@@ -108,9 +106,12 @@ def scalar_like(value: float | Tensor, features: Tensor) -> Tensor:
 
 
 class _InfoNCE(torch.autograd.Function):
-    """L = 1/N sum_i (r_i - S_ii) with r_i = log sum_j exp S_ij; symmetric, the mean of that and the same of S transposed.
+    """L = 1/N sum_i (r_i - S_ii), r_i = log sum_j exp S_ij; symmetric: the mean of L of S and L of S transposed.
 
     dL/dS_ij = 1/N (exp(S_ij - r_i) - delta_ij), likewise for the columns.
+
+    One exponential per logit serves both directions: all are taken of S - shift, one shift for all, which cannot
+    overflow because |S| <= scale. Should a whole row or column underflow, each direction takes exponentials of its own.
     """
 
     @staticmethod
@@ -119,25 +120,27 @@ class _InfoNCE(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(anchors.device.type, enabled=False):
             pairs = gather_pairs(anchors, candidates, ids, ctx.needs_input_grad)
-            ctx.scale = float(scale)
+            ctx.scale = scale.item()
             ctx.shift = max(0.0, abs(ctx.scale) - MAX_EXPONENT)
             strip = pairs.strip(ctx.scale)
-            row, column, positive = _join_ranks(*_partitions_by_shared_exp(strip, ctx.shift, symmetric))
+            row, column, positive = _sums_of_exp(strip, ctx.shift, symmetric)
             lowest = row.min() if column is None else torch.minimum(row.min(), column.min())
-            if not lowest > ctx.shift - MAX_DEPTH:  # NaN too; all ranks decide alike
+            if lowest > MIN_SUM:  # all ranks decide alike
+                log_row, log_column = row.log() + ctx.shift, None if column is None else column.log() + ctx.shift
+            else:  # NaN too
                 ctx.shift = None
-                row, column, positive = _join_ranks(*_partitions(strip, symmetric))
-            loss = (row - positive).mean()
-            if column is not None:
-                loss = (loss + (column - positive).mean()) / 2
+                log_row, log_column, positive = row, column, _ = _log_sums_of_exp(strip, symmetric)
+            loss: Tensor = (log_row - positive).mean()
+            if log_column is not None:
+                loss = (loss + (log_column - positive).mean()) / 2
         ctx.save_for_backward(*pairs, row, column)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, row, column = ctx.saved_tensors
-        pairs = Pairs(*tensors)
+        *saved, row, column = ctx.saved_tensors
+        pairs = Pairs(*saved)
         mine = slice(rank() * len(pairs.rows), (rank() + 1) * len(pairs.rows))
         derivative = _softmax_derivative(row[mine], column, ctx.shift)
         transposed = _softmax_derivative(None if column is None else column[mine], row, ctx.shift)
@@ -148,14 +151,10 @@ class _InfoNCE(torch.autograd.Function):
         return *grads, None, None
 
 
-def _partitions_by_shared_exp(strip: LogitStrip, shift: float, symmetric: bool) -> Partitions:
-    """Log-partitions of rows (n,) and columns (N,) of the strip, and logits of the pairs (n,), from one exp per logit.
-
-    All exponentials are taken of S - shift, one shift for all. They cannot overflow, since |S| <= scale; where they
-    underflow, a log-partition far below the shift shows it, and the caller takes `_partitions`.
-    """
+def _sums_of_exp(strip: LogitStrip, shift: float, symmetric: bool) -> Sums:
+    """Sums of exp(S - shift) over all ranks, and the logits of the pairs."""
     row, positive = strip.columns.new_zeros(2, len(strip.rows))
-    column = strip.columns.new_zeros(len(strip.columns)) if symmetric else None
+    column = torch.zeros_like(strip.columns[:, 0]) if symmetric else None
     for i, unit in strip.row_blocks():
         for j, tile in strip.tiles(i, unit):
             where, logits = strip.positives(i, j, tile)
@@ -166,13 +165,14 @@ def _partitions_by_shared_exp(strip: LogitStrip, shift: float, symmetric: bool) 
             row[i] += tile.sum(1)
             if column is not None:
                 column[j] += tile.sum(0)
-    return row.log_().add_(shift), None if column is None else column.log_().add_(shift), positive
+    row, positive = gather_rows(torch.stack([row, positive], dim=1)).unbind(1)
+    return row, None if column is None else all_reduce(column, "sum"), positive
 
 
-def _partitions(strip: LogitStrip, symmetric: bool) -> Partitions:
-    """As `_partitions_by_shared_exp` for logits of any range: rows and columns have exponentials of their own."""
+def _log_sums_of_exp(strip: LogitStrip, symmetric: bool) -> Sums:
+    """Logarithms of the sums of exp S over all ranks, for logits of any range, and the logits of the pairs."""
     row, positive = strip.columns.new_full((2, len(strip.rows)), -torch.inf)
-    column = strip.columns.new_full((len(strip.columns),), -torch.inf) if symmetric else None
+    column = torch.full_like(strip.columns[:, 0], -torch.inf) if symmetric else None
     for i, unit in strip.row_blocks():
         for j, tile in strip.tiles(i, unit):
             where, logits = strip.positives(i, j, tile)
@@ -180,39 +180,31 @@ def _partitions(strip: LogitStrip, symmetric: bool) -> Partitions:
             row[i] = torch.logaddexp(row[i], tile.logsumexp(1))
             if column is not None:
                 column[j] = torch.logaddexp(column[j], tile.logsumexp(0))
-    return row, column, positive
-
-
-def _join_ranks(row: Tensor, column: Tensor | None, positive: Tensor) -> Partitions:
-    """Joins the rows of all ranks, and completes the columns, of which every rank has summed over its own rows."""
-    if world_size() == 1:
-        return row, column, positive
     row, positive = gather_rows(torch.stack([row, positive], dim=1)).unbind(1)
-    if column is not None:
+    if column is not None and world_size() > 1:
         highest = all_reduce(column.clone(), "max")
         column = all_reduce((column - highest).exp_(), "sum").log_().add_(highest)
     return row, column, positive
 
 
 def _softmax_derivative(row: Tensor | None, column: Tensor | None, shift: float | None) -> Derivative:
-    """Derivative by S of sum_i (row_i - S_ii) + sum_j (column_j - S_jj); a direction without log-partitions is left out.
+    """Derivative by S of the sums over i of r_i - S_ii and over j of c_j - S_jj; a direction that is None is left out.
 
-    With a shift, one exponential serves both directions:
-    exp(S - r_i) + exp(S - c_j) = exp(S - shift) * (exp(shift - r_i) + exp(shift - c_j)).
+    With a shift, ``row`` and ``column`` are sums of exp(S - shift): exp(S - r_i) + exp(S - c_j) = exp(S - shift) *
+    (1 / row_i + 1 / column_j). Without, they are r and c.
     """
 
     def derivative(strip: LogitStrip, i: slice, j: slice, tile: Tensor) -> None:
-        partitions = [] if row is None else [row[i, None]]
-        partitions += [] if column is None else [column[None, j]]
+        sums = ([] if row is None else [row[i, None]]) + ([] if column is None else [column[None, j]])
         if shift is None:
-            terms = [(tile - partition).exp_() for partition in partitions]
-            torch.add(terms[0], terms[1], out=tile) if len(terms) == 2 else tile.copy_(terms[0])
+            softmax = [(tile - each).exp_() for each in sums]
+            tile.copy_(softmax[0] + softmax[1] if len(sums) == 2 else softmax[0])
         else:
-            factors = [(shift - partition).exp_() for partition in partitions]
             if shift > 0:
                 tile.sub_(shift)
-            tile.exp_().mul_(factors[0] + factors[1] if len(factors) == 2 else factors[0])
-        strip.positives(i, j, tile)[1].sub_(len(partitions))
+            weights = [each.reciprocal() for each in sums]
+            tile.exp_().mul_(weights[0] + weights[1] if len(sums) == 2 else weights[0])
+        strip.positives(i, j, tile)[1].sub_(len(sums))
 
     return derivative
 
@@ -227,7 +219,7 @@ class _Sigmoid(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None) -> Tensor:
         with torch.autocast(rows.device.type, enabled=False):
             pairs = gather_pairs(rows, columns, ids, ctx.needs_input_grad)
-            ctx.scale = float(scale)
+            ctx.scale = scale.item()
             strip = pairs.strip(ctx.scale)
             total = torch.zeros_like(bias)
             for i, unit in strip.row_blocks():
@@ -236,13 +228,13 @@ class _Sigmoid(torch.autograd.Function):
                     total += F.softplus(tile).sum()
             total = all_reduce(total, "sum")
         ctx.save_for_backward(*pairs, bias)
-        return total / len(pairs.unit_columns)
+        return total / len(pairs.all_columns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, bias = ctx.saved_tensors
-        pairs = Pairs(*tensors)
+        *saved, bias = ctx.saved_tensors
+        pairs = Pairs(*saved)
         grad_bias = torch.zeros_like(bias)
 
         def transposed(strip: LogitStrip, i: slice, j: slice, tile: Tensor) -> None:
@@ -253,7 +245,7 @@ class _Sigmoid(torch.autograd.Function):
             transposed(strip, i, j, tile)
             grad_bias.add_(tile.sum())
 
-        factor = grad * world_size() / len(pairs.unit_columns)
+        factor = grad * world_size() / len(pairs.all_columns)  # times the ranks as in InfoNCE
         with torch.autocast(grad.device.type, enabled=False):
             grads = pair_gradients(pairs, ctx.scale, derivative, transposed, factor, ctx.needs_input_grad[1])
         return *grads, grad_bias.mul_(factor), None

@@ -1,9 +1,8 @@
 """Losses over all pairs of two sets of features, visited tile by tile: O(N D) memory, never an N x N matrix.
 
-A loss of this kind is a sum over the logits ``S_ij = scale * <a_i, b_j>`` of unit rows a_i, b_j (row statistics allowed).
-The forward walks over the tiles of S for the loss, the backward makes every tile again, overwrites it by ``dL/dS`` and
-multiplies it into the gradients. Under data parallelism a rank owns the strip of S of its own n rows, against the
-gathered columns of all N rows.
+The logits are ``S_ij = scale * <a_i, b_j>`` of unit rows a_i, b_j. The forward walks over the tiles of S for the loss;
+the backward makes every tile again, overwrites it by ``dL/dS`` and multiplies it into the gradients. Under data
+parallelism a rank owns the strip of S of its own n rows, against the gathered columns of all N rows.
 """
 
 from __future__ import annotations
@@ -136,27 +135,30 @@ class LogitStrip:
 
 
 class Pairs(NamedTuple):
-    """N pairs over all ranks, n of them on this rank, as the backward needs them; all tensors, None where not needed.
+    """N pairs over all ranks, n of them on this rank.
 
-    Where both sides are trained, a rank makes the gradient of its own n columns from a second strip, against the gathered
-    rows, rather than to reduce-scatter the column gradients of all ranks: 2 n N D more FLOP (10 instead of 8 n N D, small
-    beside the towers) and one gather in the forward, but like the frozen form no collective in the backward, where it
-    would have to be ordered against the gradient buckets of data parallelism.
+    Where both sides are trained, a rank makes the gradient of its own n columns from a second strip, against the
+    gathered rows, rather than to reduce-scatter the column gradients of all ranks. That costs 10 instead of 8 n N D
+    FLOP, small beside the towers, but like the frozen form it needs no collective in the backward, which would queue
+    with the gradient buckets of data parallelism.
     """
 
     rows: Tensor  # (n, D) as given
     columns: Tensor  # (n, D) as given
-    unit_columns: Tensor  # (N, D)
-    unit_rows: Tensor | None  # (N, D), if the gradient of the columns takes a second strip
+    all_columns: Tensor  # (N, D) unit rows
+    all_rows: Tensor | None  # (N, D) unit rows, if the gradient of the columns takes a second strip
     groups: Tensor | None  # (N,)
 
     def strip(self, scale: float) -> LogitStrip:
         """This rank's rows against all columns."""
-        return LogitStrip(self.rows, self.unit_columns, scale, self.groups)
+        return LogitStrip(self.rows, self.all_columns, scale, self.groups)
 
 
 def gather_pairs(rows: Tensor, columns: Tensor, ids: Tensor | None, needs_input_grad: Sequence[bool]) -> Pairs:
-    """Gathers what forward and backward need of the other ranks. A side without gradient belongs into the columns."""
+    """Gathers what forward and backward need of the other ranks. A frozen side belongs in the columns.
+
+    Then only that side is gathered, and the backward multiplies every tile once instead of twice.
+    """
     second_strip = needs_input_grad[1] and world_size() > 1
     return Pairs(
         rows,
@@ -180,12 +182,12 @@ def pair_gradients(
         factor: Scalar that multiplies every gradient.
         need_columns: Whether the columns want a gradient.
     """
-    one_walk = need_columns and pairs.unit_rows is None
+    one_walk = need_columns and pairs.all_rows is None
     grad_rows, grad_columns, grad_scale = pairs.strip(scale).gradients(
         derivative, factor, pairs.columns if one_walk else None
     )
-    if pairs.unit_rows is not None:
-        strip = LogitStrip(pairs.columns, pairs.unit_rows, scale, pairs.groups)
+    if pairs.all_rows is not None:
+        strip = LogitStrip(pairs.columns, pairs.all_rows, scale, pairs.groups)
         grad_columns = strip.gradients(transposed, factor, None)[0]
     return grad_rows, grad_columns, grad_scale
 
@@ -199,7 +201,7 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 
 def _backward_unit_rows(grad: Tensor, features: Tensor, unit: Tensor) -> Tensor:
-    """Overwrites a gradient with respect to unit rows by the one with respect to features; returns <unit, grad>, (n, 1)."""
+    """Overwrites a gradient by unit rows by the one by the features behind them; returns <unit, grad>, shape (n, 1)."""
     radial = (grad * unit).sum(1, keepdim=True)
     norm = features.to(unit.dtype).norm(dim=1, keepdim=True).clamp_min(EPS)
     grad.addcmul_(unit, radial, value=-1).div_(norm)

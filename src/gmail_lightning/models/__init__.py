@@ -1,4 +1,4 @@
-"""Encoders, and the adaptation that gives one tower two branches. Heavy packages load with the encoder that needs them."""
+"""Encoders, and the adaptation that gives one tower two branches; heavy packages load in the constructors."""
 
 from gmail_lightning.models.base import DualEncoder, ImageEncoder, LoRATarget
 from gmail_lightning.models.hf_clip import HFCLIPEncoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ TOLERANCE = 2**-7
 _STATISTICS = ("mean", "standard deviation", "wave")
 
 
-def fingerprint(encoder: ImageEncoder, towers: Collection[Tower] = ("image",)) -> dict[str, Any]:
+def fingerprint(encoder: ImageEncoder, towers: Sequence[Tower] = ("image",)) -> dict[str, Any]:
     """Describes the stored weights of an encoder in plain values; LoRA does not count, merged or not.
 
-    Each matrix gives its mean, its standard deviation and its *wave*, the sum of all entries against cos(0), cos(1), ...
-    over sqrt(n / 2): the first two are alike for any two models of a kind, the wave is not. Fused and separate
+    Each matrix gives its mean, its standard deviation and its *wave*, the sum of all n entries times cos(0), cos(1),
+    ... over sqrt(n / 2): the first two are alike for any two models of a kind, the wave is not. Fused and separate
     projections, and so the open_clip and Hugging Face forms of one tower, have the same fingerprint.
 
     Args:
@@ -72,7 +72,8 @@ def fingerprint_difference(first: dict[str, Any], second: dict[str, Any]) -> str
     if not beyond:
         return None
     _, key, name, a, b = max(beyond)
-    return f"{len({entry[1] for entry in beyond})} of {len(first['weights'])} matrices, most in {key}: {name} {a:.5g} against {b:.5g}"
+    count = len({entry[1] for entry in beyond})
+    return f"{count} of {len(first['weights'])} matrices, most in {key}: {name} {a:.5g} against {b:.5g}"
 
 
 def fingerprint_digest(value: dict[str, Any]) -> str:

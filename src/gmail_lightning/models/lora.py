@@ -52,8 +52,8 @@ def add_lora(
         tower: ``image`` or ``text``.
 
     Raises:
-        ValueError: If a role is unknown or the tower does not offer it, if the tower has LoRA already, or if its weights
-            are in half precision.
+        ValueError: If a role is unknown or the tower does not offer it, if the tower has LoRA already, or if its
+            weights are in half precision.
     """
     matched = _match(encoder, targets, tower)
     if rank < 1:
@@ -111,14 +111,16 @@ def lora_disabled(encoder: ImageEncoder) -> Iterator[None]:
 def merge_lora(encoder: ImageEncoder) -> dict[str, Tensor]:
     """Returns the state dict of the plain model with ``W + alpha / rank * B @ A`` in place of ``W``.
 
-    The encoder is not changed. Keys are those of ``encoder.wrapped``: the open_clip or Hugging Face model inside, or the
-    encoder itself where it wraps none.
+    The encoder is not changed. Keys are those of ``encoder.wrapped``: the open_clip or Hugging Face model inside, or
+    the encoder itself where it wraps none.
 
     Raises:
         ValueError: If the encoder has no LoRA.
     """
     if not isinstance(getattr(encoder, "lora", None), LoRA):
-        raise ValueError(f"This {type(encoder).__name__} has no LoRA: call add_lora first (of a ModalityEncoder: .encoder).")
+        raise ValueError(
+            f"This {type(encoder).__name__} has no LoRA: call add_lora first (of a ModalityEncoder: .encoder)."
+        )
     model = encoder.wrapped
     merged = {}
     for key, tensor in model.state_dict().items():
@@ -162,7 +164,7 @@ def block_targets(blocks: Iterable[nn.Module], roles: Collection[str]) -> list[L
 def plain_parameter(module: nn.Module, name: str) -> Tensor:
     """Returns a stored parameter, whether it is adapted or not."""
     if parametrize.is_parametrized(module, name):
-        return cast(Any, module).parametrizations[name].original
+        return cast(Tensor, cast(Any, module).parametrizations[name].original)
     return cast(Tensor, getattr(module, name))
 
 

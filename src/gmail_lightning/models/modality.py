@@ -118,7 +118,9 @@ class ModalityEncoder(DualEncoder):
         if modality is None:
             return branch(image, Modality.REAL)
         if modality.shape != image.shape[:1]:
-            raise ValueError(f"{len(image)} images, but modality has shape {tuple(modality.shape)}: give one per image.")
+            raise ValueError(
+                f"{len(image)} images, but modality has shape {tuple(modality.shape)}: give one per image."
+            )
         rows = {which: (modality == which).nonzero().squeeze(1) for which in Modality}
         if sum(map(len, rows.values())) != len(image):
             raise ValueError(f"modality must be 0 (real) or 1 (generated), got {modality.unique().tolist()}.")
@@ -227,11 +229,13 @@ def build_encoder(settings: dict[str, Any], path: str | Path) -> ImageEncoder:
     if found is None and not module:
         found = {known.__name__: known for known in _subclasses(ImageEncoder)}.get(name)
     if not isinstance(found, type) or not issubclass(found, ImageEncoder):
-        raise ValueError(f"{path}: encoder {recorded['class_path']!r} is no ImageEncoder. Import its module, or pass encoder=.")
+        raise ValueError(
+            f"{path}: encoder {recorded['class_path']!r} is no ImageEncoder. Import its module, or pass encoder=."
+        )
     return found(**recorded.get("init_args", {}))
 
 
-def _subclasses(base: type[ImageEncoder]) -> list[type[ImageEncoder]]:
+def _subclasses(base: type[Any]) -> list[type[Any]]:
     return [found for child in base.__subclasses__() for found in (child, *_subclasses(child))]
 
 

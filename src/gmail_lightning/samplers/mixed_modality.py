@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from itertools import repeat
 from typing import Literal, NamedTuple
 
@@ -89,11 +88,17 @@ def find_pairs(modality: np.ndarray, pair_id: np.ndarray, describe: Callable[[in
     return Pairs(ids, real[np.searchsorted(real_id, ids)], generated, start, count, unpaired)
 
 
-class _Stream:
-    """Endless permutations of ``range(size)``, each seeded by a hash of the key and its number."""
+class _Pool:
+    """An endless stream of permutations of some elements, each seeded by a hash of the key and its number.
 
-    def __init__(self, size: int, *key: int) -> None:
-        self.size, self.key = size, key
+    Args:
+        elements: Shape (N,).
+        share: Elements that each batch of a process takes.
+        key: Seeds the permutations.
+    """
+
+    def __init__(self, elements: np.ndarray, share: int, *key: int) -> None:
+        self.elements, self.share, self.key = elements, share, key
         self._permutations: dict[int, np.ndarray] = {}
 
     def _permutation(self, number: int) -> np.ndarray:
@@ -101,12 +106,12 @@ class _Stream:
             while len(self._permutations) > 1:  # the current and the previous one are enough
                 del self._permutations[min(self._permutations)]
             generator = np.random.default_rng(int(stable_hash(*self.key, number)))
-            self._permutations[number] = generator.permutation(self.size)
+            self._permutations[number] = generator.permutation(self.elements)
         return self._permutations[number]
 
     def take(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ``count`` elements from position ``start`` on, and the number of the pass of each."""
-        passes, offset = np.divmod(np.arange(start, start + count), self.size)
+        """Returns ``count`` elements from position ``start`` of the stream on, and the number of the pass of each."""
+        passes, offset = np.divmod(np.arange(start, start + count), len(self.elements))
         parts = [self._permutation(int(number))[offset[passes == number]] for number in np.unique(passes)]
         return np.concatenate(parts), passes
 
@@ -144,13 +149,13 @@ class MixedModalitySampler(DistributedSampler):
     An item is (row, epoch, position), where the position counts rows of the global batches of this epoch: random
     augmentation keyed by (seed, epoch, position) does not depend on workers, on processes or on a resume.
 
-    ``paired``: a unit is a generated row and the real row of its ``pair_id``, side by side. Where several generated rows
-    share a real one, one of them is drawn on each pass. An epoch is floor(units / units in a global batch) batches.
+    ``paired``: a unit is a generated row and the real row of its ``pair_id``, side by side. Where several generated
+    rows share a real one, one of them is drawn on each pass. An epoch is floor(units / units in a global batch) batches.
     ``mixture``: ``generated_fraction`` of the rows of each batch are generated, any rows. An epoch is one pass over the
     generated rows, or over the real rows if the fraction is 0; the other pool goes on in its own time.
 
-    Each pool is an endless stream of permutations that runs on across epochs, so nothing is dropped at their ends. Rank r
-    of W takes every W-th element: the same global batches arise at any W if ``W * batch_size`` is the same.
+    Each pool is an endless stream of permutations that runs on across epochs, so nothing is dropped at their ends.
+    Rank r of W takes every W-th element: the same global batches arise at any W if ``W * batch_size`` is the same.
 
     Args:
         modality: Modality of each row, shape (N,).
@@ -203,33 +208,25 @@ class MixedModalitySampler(DistributedSampler):
         if mode == "paired":
             self.pairs = find_pairs(modality, pair_id, describe)
             self.generated_per_batch = batch_size // 2
-            leading = self._stream("pairs", len(self.pairs.real), 0, batch_size // 2)
+            self._pools = [self._pool("pairs", np.arange(len(self.pairs.real)), 0, batch_size // 2)]
         else:
             self.generated_per_batch = generated_rows(batch_size, generated_fraction)
-            self._rows = [np.flatnonzero(modality == m) for m in (Modality.GENERATED, Modality.REAL)]
-            self._shares = [self.generated_per_batch, batch_size - self.generated_per_batch]
-            self._streams = [
-                self._stream(f"{name} rows", len(rows), number, share)
-                for number, (name, rows, share) in enumerate(
-                    zip(("generated", "real"), self._rows, self._shares, strict=True), start=1
-                )
+            generated, real = (np.flatnonzero(modality == m) for m in (Modality.GENERATED, Modality.REAL))
+            pools = [
+                self._pool("generated rows", generated, 1, self.generated_per_batch),
+                self._pool("real rows", real, 2, batch_size - self.generated_per_batch),
             ]
-            leading = self._streams[0] or self._streams[1]
-        assert leading is not None  # a batch has at least one row
-        self._leading = leading
-        share = batch_size // 2 if mode == "paired" else self.generated_per_batch or batch_size
-        self.steps_per_epoch = leading.size // (share * num_replicas)
+            self._pools = [pool for pool in pools if pool.share]
+        leading = self._pools[0]
+        self.steps_per_epoch = len(leading.elements) // (leading.share * num_replicas)
 
-    def _stream(self, name: str, size: int, number: int, share: int) -> _Stream | None:
-        """Returns the permutations of one pool, or None where a batch takes nothing of it."""
-        if share == 0:
-            return None
-        if size < share * self.num_replicas:
+    def _pool(self, name: str, elements: np.ndarray, number: int, share: int) -> _Pool:
+        if len(elements) < share * self.num_replicas:
             raise DataError(
-                f"There are {size} {name}, fewer than the {share * self.num_replicas} of one global batch "
+                f"There are {len(elements)} {name}, fewer than the {share * self.num_replicas} of one global batch "
                 f"({share} per process x {self.num_replicas}). Lower batch_size, or add data."
             )
-        return _Stream(size, self.seed, number)
+        return _Pool(elements, share, self.seed, number)
 
     def __len__(self) -> int:
         """Rows per process in a full epoch."""
@@ -242,34 +239,33 @@ class MixedModalitySampler(DistributedSampler):
     def __iter__(self) -> Iterator[tuple[int, int, int]]:  # type: ignore[override]
         for step in range(self.first_step(self.epoch), self.steps_per_epoch, BATCHES_AT_ONCE):
             steps = np.arange(step, min(step + BATCHES_AT_ONCE, self.steps_per_epoch))
-            rows, column = self._pairs(steps) if self.pairs else self._mixture(steps)
-            position = steps[:, None] * self.global_batch_size + column
+            rows, place = self._pairs(steps) if self.pairs is not None else self._mixture(steps)
+            position = steps[:, None] * self.global_batch_size + place
             yield from zip(rows.ravel().tolist(), repeat(self.epoch), position.ravel().tolist(), strict=False)
 
-    def _take(self, stream: _Stream, steps: np.ndarray, share: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """This rank's elements of each global batch (S, share), their passes, and their places in it (share,)."""
-        total = share * self.num_replicas
+    def _take(self, pool: _Pool, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns this rank's elements of each batch (S, share), their passes, and their places in the pool's part."""
+        total = pool.share * self.num_replicas  # per global batch
         start = (self.epoch * self.steps_per_epoch + int(steps[0])) * total
         mine = slice(self.rank, None, self.num_replicas)
-        elements, passes = (array.reshape(-1, total)[:, mine] for array in stream.take(start, len(steps) * total))
+        elements, passes = (array.reshape(-1, total)[:, mine] for array in pool.take(start, len(steps) * total))
         return elements, passes, np.arange(total)[mine]
 
     def _pairs(self, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of each batch, shape (S, B), generated and real in turn, and their places in the global batch (B,)."""
+        """Returns the rows of each batch, (S, B), generated and real in turn, and their places in it, (B,)."""
         assert self.pairs is not None
-        units, passes, place = self._take(self._leading, steps, self.batch_size // 2)
+        units, passes, place = self._take(self._pools[0], steps)
         rows = np.stack([self.pairs.draw(units, self.seed, passes), self.pairs.real[units]], axis=-1)
         return rows.reshape(len(steps), -1), (2 * place[:, None] + np.arange(2)).ravel()
 
     def _mixture(self, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of each batch, shape (S, B), the generated ones first, and their places in the global batch (B,)."""
+        """Returns the rows of each batch, (S, B), the generated ones first, and their places in it, (B,)."""
         rows, places, offset = [], [], 0
-        for pool, stream, share in zip(self._rows, self._streams, self._shares, strict=True):
-            if stream is not None:
-                elements, _, place = self._take(stream, steps, share)
-                rows.append(pool[elements])
-                places.append(offset + place)
-            offset += share * self.num_replicas
+        for pool in self._pools:
+            elements, _, place = self._take(pool, steps)
+            rows.append(elements)
+            places.append(offset + place)
+            offset += pool.share * self.num_replicas
         return np.concatenate(rows, axis=1), np.concatenate(places)
 
 

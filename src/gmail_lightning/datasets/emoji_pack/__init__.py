@@ -1,0 +1,1 @@
+"""Drawings and names of the concepts; see ``NOTICE.md`` for their authors and licences."""

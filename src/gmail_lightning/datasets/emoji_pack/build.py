@@ -1,7 +1,7 @@
 """Builds the emoji pack from npm tarballs; run once, at development time.
 
-The pack is the result: ``concepts.parquet`` (one row per concept) and one ``<hand>.parquet`` per hand (concept, WebP bytes).
-To rebuild it, unpack these npm packages side by side into one folder, each under the name printed here, and run the script:
+The pack is the result: ``concepts.parquet`` (one row per concept) and one ``<hand>.parquet`` per hand (concept, WebP).
+To rebuild it, unpack these npm packages side by side into one folder, each under the name printed here, and run it:
 
     @iconify-json/noto@1.2.9               noto/
     @iconify-json/twemoji@1.2.5            twemoji/
@@ -103,9 +103,7 @@ def build(folder: Path, out: Path) -> None:
         messages = read_json(data / locale / "messages.json")
         kinds[locale] = {kind: {m["order"]: m["message"] for m in messages[kind]} for kind in ("groups", "subgroups")}
 
-    concepts = [
-        c for c, r in records["en"].items() if "group" in r and all(c in names[hand] for hand in COMPLETE)
-    ]
+    concepts = [c for c, r in records["en"].items() if "group" in r and all(c in names[hand] for hand in COMPLETE)]
     if len(concepts) != NUM_CONCEPTS:
         raise ValueError(f"{folder}: {len(concepts)} concepts, expected {NUM_CONCEPTS}: another package version?")
 

@@ -1,0 +1,321 @@
+"""Rows listed in one file: JSONL, CSV, TSV or Parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from gmail_lightning.datasets.base import (
+    DataError,
+    ImageTextDataset,
+    ModalityName,
+    constant_modality,
+    decode_image,
+    one_line,
+    stable_ids,
+)
+from gmail_lightning.types import Modality
+
+Kind = Callable[[pa.ChunkedArray], pa.ChunkedArray]  # gives a column its type
+ROWS_AT_ONCE = 65536  # of a text file, turned into Arrow columns together: never a list of all rows
+
+
+class ManifestDataset(ImageTextDataset):
+    """One row per line or record; the columns stay in Arrow memory, so that tens of millions of rows fit.
+
+    Columns, all but the first two optional: ``image`` (a path, or the encoded bytes in Parquet); ``caption`` (a text) or
+    ``captions`` (a list of texts); ``modality`` (real, generated, 0 or 1); ``image_id`` (by default, rows of one path
+    have one id); ``pair_id`` (integers or texts; empty for none); ``label`` (integers, or class names); ``source`` (name
+    of the generator); ``key`` (unique; by default the path and the row's number).
+
+    Args:
+        path: A file ending in .jsonl, .csv, .tsv or .parquet, UTF-8.
+        image_root: Folder that relative image paths start from; by default that of the manifest.
+        modality: ``real`` or ``generated`` for the whole file, over what its column says.
+        source: Name of the generator for the whole file, over what its column says.
+        image_key: Name of the image column.
+        caption_key: Name of the caption column; texts or lists of texts.
+
+    Raises:
+        DataError: If the file, a column or a value is missing or malformed; names file, row and key. Rows count from 1,
+            without the header.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_root: str | Path | None = None,
+        modality: ModalityName | None = None,
+        source: str | None = None,
+        image_key: str = "image",
+        caption_key: str = "caption",
+    ) -> None:
+        self.path = Path(path)
+        self.image_root = self.path.parent if image_root is None else Path(image_root)
+        kinds = {image_key: _paths_or_bytes, "captions": _text_lists, caption_key: _text_lists}
+        kinds |= dict.fromkeys(("key", "source", "modality"), _texts)
+        kinds |= dict.fromkeys(("image_id", "pair_id", "label"), _integers_or_texts)
+        columns, found = read_columns(self.path, kinds)
+        if caption_key == "caption" and "caption" not in columns and "captions" in columns:
+            caption_key = "captions"
+        missing = [name for name in (image_key, caption_key) if name not in columns]
+        if modality is None and "modality" not in columns:
+            missing.append("modality")
+        if missing:
+            hint = "Rename it, or name yours by image_key and caption_key."
+            if missing == ["modality"]:
+                hint = "Add the column, or give modality='real' or 'generated' for the whole file."
+            raise DataError(f"{self.path}: no column {', '.join(missing)} (found: {', '.join(found)}). {hint}")
+        self._image, self._caption = columns[image_key], columns[caption_key]
+        self._key, self._source = columns.get("key"), columns.get("source")
+        self._whole_source = source
+        if len(self._image) == 0:
+            raise DataError(f"{self.path}: no rows.")
+        self._refuse(pc.equal(pc.binary_length(self._image), 0), f"{image_key} is empty. Give every row an image")
+        self._refuse(_blank(self._caption), f"{caption_key} is empty. Write a caption, or remove the row")
+        self._check_keys()
+
+        length = len(self._image)
+        whole = modality is not None
+        self.modality = constant_modality(modality, length) if whole else self._read_modality(columns["modality"])
+        if "image_id" in columns:
+            self._refuse(columns["image_id"].is_null(), "image_id is empty. Fill it in, or leave the column out")
+            self.image_id = _ids(columns["image_id"])
+        else:
+            self.image_id = np.arange(length) if self._holds_bytes else _ids(self._image)
+        self.pair_id = _ids(columns["pair_id"]) if "pair_id" in columns else np.full(length, -1)
+        if "label" in columns:
+            self._read_labels(columns["label"])
+
+    @property
+    def _holds_bytes(self) -> bool:
+        return bool(pa.types.is_binary(self._image.type))
+
+    def _refuse(self, wrong: pa.ChunkedArray, complaint: str) -> None:
+        """Raises a DataError for the first row where ``wrong`` holds, or is null."""
+        wrong = wrong.fill_null(True)
+        row = pc.index(wrong, True).as_py()
+        if row >= 0:
+            raise DataError(f"{self.describe(row)}: {complaint} ({pc.sum(wrong).as_py()} such rows).")
+
+    def _check_keys(self) -> None:
+        if self._key is None:
+            return
+        self._refuse(pc.equal(pc.binary_length(self._key), 0), "key is empty. Fill it in, or leave the column out")
+        if pc.count_distinct(self._key).as_py() < len(self._key):
+            counts = pc.value_counts(self._key)
+            key = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()].as_py()
+            first, second = np.flatnonzero(pc.equal(self._key, key).to_numpy())[:2] + 1
+            raise DataError(f"{self.path}: key {key!r} stands in row {first} and in row {second}. Make keys unique.")
+
+    def _read_modality(self, column: pa.ChunkedArray) -> np.ndarray:
+        number = pc.index_in(pc.utf8_lower(column), value_set=pa.array(["real", "0", "generated", "1"]))
+        row = pc.index(number.is_null(), True).as_py()
+        if row >= 0:
+            value = column[row].as_py()
+            self._refuse(number.is_null(), f"unknown modality {value!r}. Use real (0) or generated (1)")
+        return np.asarray(number.to_numpy()).astype(np.int64) // 2
+
+    def _read_labels(self, column: pa.ChunkedArray) -> None:
+        if pa.types.is_string(column.type):
+            self.class_names = sorted(pc.unique(column.drop_null()).to_pylist())
+            column = pc.index_in(column, value_set=pa.array(self.class_names))
+        self.label = column.cast(pa.int64()).fill_null(-1).to_numpy()
+
+    def read_image(self, index: int) -> Tensor:  # noqa: D102
+        value = self._image[index].as_py()
+        return decode_image(value if isinstance(value, bytes) else (self.image_root / value).read_bytes())
+
+    def captions(self, index: int) -> list[str]:  # noqa: D102
+        return [one_line(text) for text in self._caption[index].as_py()]
+
+    def sample_key(self, index: int) -> str:  # noqa: D102
+        if self._key is not None:
+            return str(self._key[index].as_py())
+        return f"row{index + 1}" if self._holds_bytes else f"{self._image[index].as_py()}#{index + 1}"
+
+    def source(self, index: int) -> str:  # noqa: D102
+        if self.modality[index] == Modality.REAL:
+            return "real"
+        value = None if self._source is None else self._source[index].as_py()
+        return self._whole_source or value or "generated"
+
+    def picture(self) -> np.ndarray:  # noqa: D102
+        return np.arange(len(self)) if self._holds_bytes else _codes(self._image)[1]
+
+    def describe(self, index: int) -> str:  # noqa: D102
+        return f"{self.path} row {index + 1} (key {self.sample_key(index)!r})"
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+    """Returns the distinct values, and for each row the number of its value, -1 where it is null."""
+    values = pc.unique(column.drop_null())
+    return values, pc.index_in(column, value_set=values).fill_null(-1).to_numpy().astype(np.int64)
+
+
+def _ids(column: pa.ChunkedArray) -> np.ndarray:
+    """Integers as they are, texts by a stable hash, -1 where there is none; shape (N,) int64."""
+    if not pa.types.is_string(column.type):
+        return np.asarray(column.fill_null(-1).to_numpy())
+    values, codes = _codes(column)
+    return np.append(stable_ids(values.to_pylist()), -1)[codes]
+
+
+def _blank(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Says of each list of texts whether it is null, empty, or holds a blank text."""
+    masks = []
+    for chunk in column.chunks:
+        mask = pc.equal(pc.list_value_length(chunk), 0).fill_null(True).to_numpy(zero_copy_only=False).copy()
+        blank = pc.equal(pc.utf8_trim_whitespace(chunk.flatten()), "").fill_null(True)
+        mask[pc.list_parent_indices(chunk).to_numpy()[blank.to_numpy(zero_copy_only=False)]] = True
+        masks.append(pa.array(mask))
+    return pa.chunked_array(masks, pa.bool_())
+
+
+def _texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(pa.string())
+
+
+def _paths_or_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    holds_bytes = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+    return column.cast(pa.binary() if holds_bytes else pa.string())
+
+
+def _text_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts become lists of one text."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return column.cast(pa.list_(pa.string()))
+    chunks = [
+        pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk)
+        for chunk in column.cast(pa.string()).chunks
+    ]
+    return pa.chunked_array(chunks, pa.list_(pa.string()))
+
+
+def _integers_or_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Integers if all are, else texts; an empty text is null."""
+    if not pa.types.is_integer(column.type) and not pa.types.is_floating(column.type):
+        column = column.cast(pa.string())
+        column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return column.cast(pa.string())
+
+
+def read_columns(path: Path, kinds: dict[str, Kind]) -> tuple[dict[str, pa.ChunkedArray], list[str]]:
+    """Reads the columns named in ``kinds``, as far as they are there, and the names of all columns.
+
+    Args:
+        path: The manifest.
+        kinds: For each column what gives it its type.
+
+    Raises:
+        DataError: If the file is missing, of an unknown kind, or malformed; names the line.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such manifest. Check the path; a relative one starts from {Path.cwd()}.")
+    if path.suffix == ".parquet":
+        try:
+            file = pq.ParquetFile(path)
+            found = file.schema_arrow.names
+            table = file.read([name for name in found if name in kinds])
+            columns = {name: table[name] for name in table.column_names}
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: not a readable Parquet file ({error}).") from error
+    elif path.suffix == ".jsonl":
+        columns, found = _gather(_json_records(path), list(kinds))
+    elif path.suffix in (".csv", ".tsv"):
+        columns, found = _gather(_csv_records(path, "," if path.suffix == ".csv" else "\t"), list(kinds))
+    else:
+        raise DataError(f"{path}: unknown kind of manifest {path.suffix!r}. Use .jsonl, .csv, .tsv or .parquet.")
+    if not found:
+        raise DataError(f"{path}: no rows.")
+    for name, column in columns.items():
+        try:
+            columns[name] = kinds[name](column)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise DataError(f"{path}: column {name} cannot be {column.type} ({error}).") from error
+    return columns, found
+
+
+def _json_records(path: Path) -> Iterator[dict[str, Any]]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.isspace():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise DataError(f"{path} line {number}: expected an object, found {type(record).__name__}.")
+                yield record
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} line {number}: not valid JSON ({error}). Write one object per line.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} after line {number}: not UTF-8 ({error}). Convert the file.") from error
+
+
+def _csv_records(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter)
+            header = next(reader, [])
+            for fields in reader:
+                number = reader.line_num
+                if fields and len(fields) != len(header):
+                    raise DataError(
+                        f"{path} line {number}: {len(fields)} fields, but the header has {len(header)}. "
+                        "Put double quotes around texts that hold a separator, a quote or a line break."
+                    )
+                if fields:
+                    yield dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path} after line {number}: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} after line {number}: not UTF-8 ({error}). Convert the file.") from error
+
+
+def _gather(records: Iterator[dict[str, Any]], wanted: list[str]) -> tuple[dict[str, pa.ChunkedArray], list[str]]:
+    """Turns records into columns, some rows at a time."""
+    parts: dict[str, list[pa.ChunkedArray]] = {name: [] for name in wanted}
+    found: dict[str, None] = {}
+    while rows := list(islice(records, ROWS_AT_ONCE)):
+        for row in rows:
+            if row.keys() - found.keys():
+                found.update(dict.fromkeys(row))
+        for name in wanted:
+            parts[name].append(_column([row.get(name) for row in rows]))
+    return {name: _join(parts[name]) for name in wanted if name in found}, list(found)
+
+
+def _column(values: list[Any]) -> pa.ChunkedArray:
+    if any(isinstance(value, list) for value in values):
+        values = [value if isinstance(value, list) or value is None else [value] for value in values]
+    try:
+        return pa.chunked_array([pa.array(values)])
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # numbers and texts in one column
+        return pa.chunked_array([pa.array([None if value is None else str(value) for value in values])])
+
+
+def _join(parts: list[pa.ChunkedArray]) -> pa.ChunkedArray:
+    """Puts parts end to end, whose values may have led to different types."""
+    types = {part.type for part in parts} - {pa.null()}
+    if any(pa.types.is_list(kind) for kind in types):
+        parts = [_text_lists(part) for part in parts]
+    elif len(types) > 1:
+        parts = [part.cast(pa.string()) for part in parts]
+    elif types:
+        parts = [part.cast(next(iter(types))) for part in parts]
+    return pa.chunked_array([chunk for part in parts for chunk in part.chunks])

@@ -1,0 +1,96 @@
+"""Takes the generated branch away: a folder that plain open_clip loads, without this library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gmail_lightning.models.base import ImageEncoder
+from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference
+from gmail_lightning.models.lora import merge_lora
+from gmail_lightning.models.modality import ModalityEncoder, build_encoder, is_adapter_key
+from gmail_lightning.models.open_clip import OpenCLIPEncoder, save_open_clip
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    to: Literal["open_clip"] = "open_clip",
+    encoder: ImageEncoder | None = None,
+) -> None:
+    """Merges the generated branch of a checkpoint into one model and writes it as a folder.
+
+    ``open_clip.create_model("local-dir:<out>")`` then gives the features of the generated branch; those of the real
+    branch are the plain encoder's, which needs no export. A checkpoint without adapters, such as that of a
+    pre-training, is written as it is.
+
+    Args:
+        checkpoint: Lightning checkpoint of a task.
+        out: Folder to write; it must be new or empty.
+        to: Form of the export.
+        encoder: The plain encoder that the task was trained on, where the checkpoint does not record it. It is changed.
+
+    Raises:
+        FileExistsError: If ``out`` exists and holds something.
+        ValueError: If the encoder is not one of open_clip, a projection cannot be folded into it, or the checkpoint
+            does not load.
+    """
+    folder = Path(out)
+    if to != "open_clip":
+        raise ValueError(f"to={to!r}: only open_clip is known.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty: give a new folder.")
+    plain, state = _merged(checkpoint, encoder)
+    save_open_clip(folder, plain.model_config, plain.preprocess_config, state, plain.merges)
+    if hasattr(plain.tokenizer, "save_pretrained"):  # open_clip looks for a Hugging Face tokenizer in the folder
+        plain.tokenizer.save_pretrained(folder)
+
+
+def _merged(path: str | Path, encoder: ImageEncoder | None) -> tuple[OpenCLIPEncoder, dict[str, Tensor]]:
+    """Returns the encoder of a checkpoint and the state dict of its open_clip model, adapters merged."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if any(is_adapter_key(key) for key in content.get("state_dict", {})):
+        branches = ModalityEncoder.from_checkpoint(path, encoder)
+        plain = _open_clip(branches.encoder, path)
+        state = merge_lora(plain)
+        if branches.generated_projection is not None:
+            _fold(state, branches.generated_projection.weight.detach())
+        return plain, state
+    plain = _open_clip(build_encoder(content.get("hyper_parameters", {}), path) if encoder is None else encoder, path)
+    trained = {
+        key.removeprefix("encoder."): value
+        for key, value in content.get("state_dict", {}).items()
+        if key.startswith("encoder.")
+    }
+    missing, unknown = plain.load_state_dict(trained, strict=False)
+    if unknown or not trained:
+        raise ValueError(f"{path}: not a checkpoint of this encoder (unknown: {unknown[:4]}, loaded: {len(trained)}).")
+    if missing and "base_fingerprint" in content:
+        recorded = content["base_fingerprint"]
+        difference = fingerprint_difference(recorded, fingerprint(plain, recorded["towers"]))
+        if difference is not None:
+            raise ValueError(f"{path}: trained on another base than this encoder: {difference}.")
+    return plain, plain.model.state_dict()
+
+
+def _open_clip(encoder: ImageEncoder, path: str | Path) -> OpenCLIPEncoder:
+    if not isinstance(encoder, OpenCLIPEncoder):
+        raise ValueError(f"{path} holds a {type(encoder).__name__}; to='open_clip' needs an OpenCLIPEncoder.")
+    return encoder
+
+
+def _fold(state: dict[str, Tensor], projection: Tensor) -> None:
+    """Multiplies the projection D to D, features @ projection.T, into the tower's own last matrix."""
+    if "visual.proj" in state:  # features = pooled @ proj
+        state["visual.proj"] = state["visual.proj"] @ projection.T
+    elif "visual.head.proj.weight" in state and "visual.head.proj.bias" not in state:  # timm: a Linear without bias
+        state["visual.head.proj.weight"] = projection @ state["visual.head.proj.weight"]
+    else:
+        raise ValueError(
+            "The generated projection cannot be folded: this tower does not end in a matrix without bias. "
+            "Export a run with projection: false and real_path: frozen."
+        )

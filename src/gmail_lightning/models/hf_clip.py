@@ -1,0 +1,220 @@
+"""``HFCLIPEncoder``: CLIP and SigLIP models of Hugging Face transformers as dual encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gmail_lightning.models.base import DualEncoder, LoRATarget, Tower
+from gmail_lightning.models.lora import block_targets
+from gmail_lightning.types import ImageSpec, TextSpec
+
+_FAMILIES = ("clip", "siglip")
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_OFFLINE = (
+    "Without network, give a local folder, or fill the hub's cache beforehand; HF_HUB_OFFLINE=1 makes it fail at once "
+    "instead of retrying."
+)
+
+
+class HFCLIPEncoder(DualEncoder):
+    """A dual encoder of transformers: the CLIP and SigLIP families (SigLIP 2 at a fixed resolution too), in fp32.
+
+    Args:
+        model: Folder or hub id of a model with its tokenizer and image processor.
+        config: A transformers configuration (``model_type``: clip or siglip, ``text_config``, ``vision_config``) in
+            place of ``model``: random weights, and the family's usual pixel statistics.
+        tokenizer: Folder or hub id of the tokenizer; by default that of ``model``.
+        grad_checkpointing: Recompute activations in the backward, block by block.
+
+    Raises:
+        ValueError: If the arguments contradict one another, the model is of another family, weights are missing, or
+            tokenizer and text tower do not fit.
+        RuntimeError: If something cannot be fetched.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        if (model is None) == (config is None) or (model is None and tokenizer is None):
+            raise ValueError("HFCLIPEncoder needs either model, or config together with tokenizer.")
+        settings, built, words, pixels = _load(model, config, cast(str, tokenizer or model))
+        super().__init__(pixels["mean"], pixels["std"])
+        self.model, self.config = built, settings
+        self.pretrained = model is not None
+        act = settings.vision_config.hidden_act
+        self.activation = _ACTIVATIONS.get(act, act)
+        self._image_spec = ImageSpec(pixels["size"], pixels["resize_mode"], pixels["interpolation"])
+        length = settings.text_config.max_position_embeddings
+        self._text_spec = TextSpec(partial(_encode, words, length), length)
+        if grad_checkpointing:  # transformers' own switch works in train mode only, and our tower is held in eval
+            for layer in (*_layers(built, "image"), *_layers(built, "text")):
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """Size from the model's configuration, resizing from that of the image processor."""
+        return self._image_spec
+
+    @property
+    def text_spec(self) -> TextSpec:
+        """The tokenizer, padded to the context length as both families were trained, end token kept."""
+        return self._text_spec
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the joint space, from the configuration."""
+        if self.config.model_type == "clip":
+            return int(self.config.projection_dim)
+        return int(self.config.vision_config.hidden_size)
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The transformers model."""
+        return self.model
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Exponential of the model's parameter."""
+        return cast(Tensor, self.model.logit_scale).exp().squeeze()
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """Parameter of a SigLIP model, else None."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else bias.squeeze()
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Maps pixels in [0, 1], shape (B, 3, H, W), to unnormalised features of shape (B, D)."""
+        output = cast(Any, self.model).get_image_features(pixel_values=self.normalize_pixels(image))
+        return cast(Tensor, output.pooler_output)
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Maps token ids of shape (B, L) to unnormalised features of shape (B, D)."""
+        if text.ndim != 2 or text.shape[1] != self.text_spec.context_length:
+            raise ValueError(
+                f"Token ids of shape {tuple(text.shape)}, but this text tower has context length "
+                f"{self.text_spec.context_length}: tokenise with the encoder's own text_spec."
+            )
+        return cast(Tensor, cast(Any, self.model).get_text_features(input_ids=text).pooler_output)
+
+    def image_tokens(self, image: Tensor, layer: int = -2) -> Tensor:
+        """Maps pixels to patch tokens of one block, shape (B, T, W), before the final norm and without class token.
+
+        Blocks behind ``layer`` are not run.
+        """
+        vision, layers = cast(Any, self.model.vision_model), _layers(self.model, "image")
+        if not -len(layers) <= layer < len(layers):
+            raise IndexError(f"layer={layer}: this tower has {len(layers)} blocks.")
+        hidden = vision.embeddings(self.normalize_pixels(image))
+        is_clip = self.config.model_type == "clip"
+        if is_clip:
+            hidden = vision.pre_layrnorm(hidden)
+        for block in layers[: layer % len(layers) + 1]:
+            hidden = block(hidden, None)
+        return cast(Tensor, hidden[:, 1:] if is_clip else hidden)
+
+    def lora_targets(self, roles: Collection[str], tower: Tower = "image") -> list[LoRATarget]:
+        """Lists the matrices of a tower that play the given roles, block by block."""
+        return block_targets(_layers(self.model, tower), roles)
+
+
+def _load(
+    model: str | None, config: dict[str, Any] | None, tokenizer: str
+) -> tuple[Any, nn.Module, Any, dict[str, Any]]:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+    try:
+        settings = AutoConfig.for_model(**config) if config is not None else AutoConfig.from_pretrained(model)
+        if settings.model_type not in _FAMILIES:
+            raise ValueError(
+                f"{model or 'config'} is a {settings.model_type} model; known families: {', '.join(_FAMILIES)}."
+            )
+        if model is None:
+            built, pixels = AutoModel.from_config(settings, dtype=torch.float32), _usual_pixels(settings)
+        else:
+            built, info = AutoModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+            missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
+            if missing:
+                raise ValueError(
+                    f"{model} lacks {len(missing)} weights: {', '.join(missing[:4])}. Give a whole dual encoder."
+                )
+            pixels = _pixels(settings, AutoImageProcessor.from_pretrained(model))
+        words = AutoTokenizer.from_pretrained(tokenizer)
+    except OSError as error:
+        raise RuntimeError(f"{model or tokenizer} did not load: {error} {_OFFLINE}") from error
+    _check_tokenizer(settings, words, tokenizer)
+    return settings, built, words, pixels
+
+
+def _size(settings: Any) -> tuple[int, int]:
+    size = settings.vision_config.image_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _usual_pixels(settings: Any) -> dict[str, Any]:
+    from transformers.image_utils import (
+        IMAGENET_STANDARD_MEAN,
+        IMAGENET_STANDARD_STD,
+        OPENAI_CLIP_MEAN,
+        OPENAI_CLIP_STD,
+    )
+
+    if settings.model_type == "clip":
+        mode, mean, std = "crop", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+    else:
+        mode, mean, std = "squash", IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
+    return {"size": _size(settings), "resize_mode": mode, "interpolation": "bicubic", "mean": mean, "std": std}
+
+
+def _pixels(settings: Any, processor: Any) -> dict[str, Any]:
+    """Reads an image processor; what our three ways of resizing cannot express is refused."""
+    size, resized = _size(settings), dict(processor.size)
+    crop = dict(processor.crop_size or {}) if getattr(processor, "do_center_crop", False) else {}
+    interpolation = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample))
+    if resized.get("shortest_edge") == min(size) and (crop.get("height"), crop.get("width")) == size:
+        mode = "crop"
+    elif (resized.get("height"), resized.get("width")) == size:
+        mode = "squash"
+    else:
+        mode = None
+    if mode is None or interpolation is None:
+        raise ValueError(
+            f"The image processor resizes to {resized}, crops to {crop} and filters by {processor.resample} for a "
+            f"tower of {size}: only 'shorter side and centre crop' and 'squash', bicubic or bilinear, are known."
+        )
+    mean, std = processor.image_mean, processor.image_std
+    return {"size": size, "resize_mode": mode, "interpolation": interpolation, "mean": mean, "std": std}
+
+
+def _check_tokenizer(settings: Any, words: Any, name: str) -> None:
+    text = settings.text_config
+    if len(words) > text.vocab_size or (settings.model_type == "clip" and len(words) != text.vocab_size):
+        raise ValueError(f"{name}: the tokenizer has {len(words)} ids, the text tower {text.vocab_size}.")
+    # CLIP pools at the end token: config 2 is the old form, where it must be the highest id.
+    end = len(words) - 1 if text.eos_token_id == 2 else text.eos_token_id
+    if settings.model_type == "clip" and words.eos_token_id != end:
+        raise ValueError(
+            f"{name}: the tokenizer ends texts with id {words.eos_token_id}, the text tower pools at {end}."
+        )
+
+
+def _encode(tokenizer: Any, context_length: int, texts: list[str]) -> Tensor:
+    ids = tokenizer(
+        texts, padding="max_length", truncation=True, max_length=context_length, return_tensors="pt"
+    ).input_ids
+    return cast(Tensor, ids)
+
+
+def _layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
+    host = cast(Any, model.vision_model if tower == "image" else model.text_model)
+    return cast(nn.ModuleList, host.encoder.layers)
