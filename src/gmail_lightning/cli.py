@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import gmail_lightning.datasets
 import gmail_lightning.models  # noqa: F401  short class names resolve once their module is imported
 from gmail_lightning.callbacks import SparseProgress
-from gmail_lightning.datamodules import MixedModalityDataModule
+from gmail_lightning.datamodules import MixedModalityDataModule  # noqa: F401
+from gmail_lightning.datasets import DataError
 from gmail_lightning.hints import hint
 from gmail_lightning.main import EPILOG
 from gmail_lightning.tasks import BaseTask
@@ -27,16 +28,18 @@ RUN_DIR = "GMAIL_LIGHTNING_RUN_DIR"  # the launcher's child processes write wher
 class Parser(LightningArgumentParser):
     """Adds to an error what would have been accepted."""
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Exits with status 2."""
-        super().error(f"{message}{hint(message)}", ex)
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exits with status 2; without the hundred lines of usage that would hide the message."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        self.exit(2, f"error: {message}{hint(message)}\n")
 
 
 class GmailCLI(LightningCLI):
     """Lightning's verbs over ``BaseTask`` and a data module, both by ``class_path``."""
 
     @classmethod
-    def run(cls, args: list[str]) -> None:
+    def run(cls, args: Sequence[str] | None) -> None:
         """Parses and runs; the command line object is not returned, since ``sys.exit`` would print it and fail."""
         cls(
             BaseTask,
@@ -45,13 +48,9 @@ class GmailCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"description": "Learning from generated images.", "epilog": EPILOG},
-            args=args,
+            parser_class=Parser,
+            args=None if args is None else list(args),
         )
-
-    def init_parser(self, **kwargs: Any) -> Parser:
-        """The parser with hints."""
-        kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
-        return Parser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Two settings of our own."""
@@ -62,6 +61,17 @@ class GmailCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning merges the checkpoint's hyperparameters over what the user wrote. Here the user's values win."""
+
+    def instantiate_classes(self) -> None:
+        """Builds everything; what a constructor refuses is told in its own words, without the parser's wrapping."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+            causes = [error]
+            while causes[-1].__cause__ is not None:
+                causes.append(causes[-1].__cause__)
+            data = next((cause for cause in causes if isinstance(cause, DataError)), None)
+            raise data or MisconfigurationException(str(causes[-1])) from error
 
     # Run folders
 

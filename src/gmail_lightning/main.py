@@ -22,7 +22,7 @@ def main(args: Sequence[str] | None = None) -> int:
     Args:
         args: Arguments; those of the process by default.
     """
-    args = list(sys.argv[1:] if args is None else args)
+    given, args = args, list(sys.argv[1:] if args is None else args)
     sys.path.insert(0, os.getcwd())  # a class of one's own in the working directory has an import path
     verb = args[0] if args else ""
     if verb == "--version":
@@ -39,10 +39,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return _recipes(args[1:])
     if verb == "export":
         return _export(args[1:])
-    return _fit_or_evaluate(args)
+    return _fit_or_evaluate(given)
 
 
-def _fit_or_evaluate(args: list[str]) -> int:
+def _fit_or_evaluate(args: Sequence[str] | None) -> int:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from gmail_lightning.cli import GmailCLI

@@ -26,20 +26,19 @@ class WarmupCosine(LambdaLR):
         optimizer: The optimizer whose rates are scaled.
         max_steps: Steps of the whole run. Explicit, never estimated: asking Lightning for an estimate loses the
             position of the data on resume (Lightning issue 20550).
-        warmup_steps: Steps of the linear warm-up, within ``max_steps``.
+        warmup_steps: Steps of the linear warm-up; a run that is shorter (a trial run) ends within it.
         cycles: Cosine cycles after the warm-up; more than one restarts at the full rate (SGDR).
     """
 
     def __init__(self, optimizer: Optimizer, max_steps: int, warmup_steps: int = 0, cycles: int = 1) -> None:
-        if not 0 <= warmup_steps < max_steps:
-            raise ValueError(f"warmup_steps={warmup_steps} must lie in [0, max_steps={max_steps}).")
-        if cycles < 1:
-            raise ValueError(f"cycles={cycles} must be at least 1.")
+        for name, value, least in (("max_steps", max_steps, 1), ("warmup_steps", warmup_steps, 0), ("cycles", cycles, 1)):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
 
         def factor(step: int) -> float:
             if step < warmup_steps:
                 return (step + 1) / (warmup_steps + 1)
-            progress = min(1.0, (step - warmup_steps) / (max_steps - warmup_steps))
+            progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
             within = 1.0 if progress == 1.0 else progress * cycles % 1.0
             return 0.5 * (1.0 + math.cos(math.pi * within))
 

@@ -83,5 +83,6 @@ class ImageTextBatch(TypedDict, total=False):
     source: list[str]  # (B,)
     sample_key: list[str]  # (B,)
     replaced: Tensor  # (B,) bool, training only: the image of the drawn row did not decode and another row stands in
+    replaced_reason: list[str]  # training only: one line per failure behind ``replaced``, mostly empty
     eval_set: str  # evaluation only: name of the set
     row_id: Tensor  # (B,) int64, evaluation only: index of the row in its set, unique over ranks

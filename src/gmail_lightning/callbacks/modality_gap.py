@@ -52,6 +52,7 @@ class ModalityGapReport(Callback):
         self.before: dict[str, dict[str, float]] = {}
         self._before_pairs: Pairs | None = None
         self._pairs: Pairs | None = None
+        self._step: int | None = None  # of the last validation after the first step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a run without validation before the first step."""
@@ -78,22 +79,29 @@ class ModalityGapReport(Callback):
             self._before_pairs = self._pairs
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the values from before the first step."""
+        """Keeps the values from before the first step, and remembers when the last ones were taken."""
         if trainer.sanity_checking:
             self.before = {name: dict(values) for name, values in pl_module.results.items()}
+        else:
+            self._step = trainer.global_step
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the table, draws the figure, writes the JSON file."""
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
-        if not self.before or self._before_pairs is None or self._pairs is None:
-            rank_zero_warn("No before/after comparison: there was no validation before or after training.")
+        if self._step is None or self._before_pairs is None or self._pairs is None:
+            rank_zero_warn(
+                "No comparison of before and after: there was no validation after the first step. Let one fall on the "
+                "last step by trainer.val_check_interval or check_val_every_n_epoch."
+            )
             return
+        if self._step != trainer.global_step:
+            rank_zero_warn(f"The last validation was at step {self._step} of {trainer.global_step}.")
         after = pl_module.results
         rank_zero_info(format_table(self.before, after))
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        values = {"step": trainer.global_step, "before": self.before, "after": after}
+        values = {"step": self._step, "before": self.before, "after": after}
         (folder / "modality_gap.json").write_text(json.dumps(values, indent=2))
         figure = draw(self._before_pairs, self._pairs)
         figure.savefig(folder / "modality_gap.png", dpi=120)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -18,6 +18,25 @@ from gmail_lightning.samplers.mixed_modality import MixedModalitySampler, Unpadd
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
 Datasets = ImageTextDataset | list[ImageTextDataset]
+
+
+class TrainLoader(DataLoader[ImageTextBatch]):
+    """Begins to read when the first batch is asked for.
+
+    Lightning asks for the iterator before it has told the sampler which epoch a resumed run is in, and workers would
+    begin with another one. The two state methods tell it that resuming in mid-epoch is exact here; the data module keeps
+    the state, because Lightning restores that of a loader only if nothing has asked for the number of steps before.
+    """
+
+    def __iter__(self) -> Iterator[ImageTextBatch]:  # type: ignore[override]
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Does nothing."""
 
 
 class MixedModalityDataModule(LightningDataModule):
@@ -88,13 +107,13 @@ class MixedModalityDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Reads what the task asks for, and puts the training data sets end to end."""
-        if self.trainer is not None and self.trainer.overfit_batches:
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             raise ValueError(
                 "overfit_batches would replace the sampler that keeps pairs and shares together. To train on a few "
                 "batches over and over, set trainer.limit_train_batches and limit the data sets instead."
             )
         if self.trainer is not None and self.input_spec is None:
-            self.input_spec = self.trainer.lightning_module.input_spec
+            self.input_spec = cast(InputSpec, self.trainer.lightning_module.input_spec)
         if self.input_spec is None:
             raise ValueError("Without a task the data module needs input_spec=InputSpec(...).")
         if stage == "fit":
@@ -104,7 +123,7 @@ class MixedModalityDataModule(LightningDataModule):
         """Number of processes and number of this one."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
-    def train_dataloader(self) -> DataLoader[ImageTextBatch]:
+    def train_dataloader(self) -> TrainLoader:
         """Returns the loader of mixed batches.
 
         Raises:
@@ -127,10 +146,11 @@ class MixedModalityDataModule(LightningDataModule):
         )
         self._sampler = sampler
         self._seek()
+        generated = sampler.generated_per_batch
         rank_zero_info(
-            f"Batch: {self.batch_size} rows per device x {num_replicas} = {sampler.global_batch_size} rows; each device "
-            f"sees {sampler.generated_per_batch} generated and {self.batch_size - sampler.generated_per_batch} real rows "
-            f"({self.mode}); {sampler.steps_per_epoch} batches per epoch."
+            f"Batch: {self.batch_size} rows per device x {num_replicas} = {sampler.global_batch_size}; each device "
+            f"sees {generated} generated and {self.batch_size - generated} real rows ({self.mode}); "
+            f"{sampler.steps_per_epoch} batches per epoch."
         )
         if sampler.pairs is not None and sampler.pairs.num_unpaired_real:
             rank_zero_warn(
@@ -145,7 +165,7 @@ class MixedModalityDataModule(LightningDataModule):
             real_augmentation=self.real_augmentation,
             generated_augmentation=self.generated_augmentation,
         )
-        return self._loader(rows, self.batch_size, sampler, persistent_workers=self.num_workers > 0)
+        return TrainLoader(rows, batch_size=self.batch_size, sampler=sampler, **self._settings(self.num_workers > 0))
 
     def val_dataloader(self) -> list[DataLoader[ImageTextBatch]]:
         """Returns one loader per set of ``val``, in the order of the names."""
@@ -165,20 +185,15 @@ class MixedModalityDataModule(LightningDataModule):
         rows = EvaluationRows(RowTable(datasets), self._spec(), name)
         num_replicas, rank = self._replicas()
         sampler = UnpaddedDistributedSampler(len(rows), num_replicas=num_replicas, rank=rank)
-        return self._loader(rows, self.eval_batch_size, sampler, persistent_workers=False)
+        return DataLoader(rows, batch_size=self.eval_batch_size, sampler=sampler, **self._settings(False))
 
-    def _loader(
-        self, rows: Any, batch_size: int, sampler: Any, *, persistent_workers: bool
-    ) -> DataLoader[ImageTextBatch]:
-        return DataLoader(
-            rows,
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=as_is,
-            num_workers=self.num_workers,
-            persistent_workers=persistent_workers,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        )
+    def _settings(self, persistent_workers: bool) -> dict[str, Any]:
+        return {
+            "collate_fn": as_is,
+            "num_workers": self.num_workers,
+            "persistent_workers": persistent_workers,
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        }
 
     def _spec(self) -> InputSpec:
         if self.input_spec is None:

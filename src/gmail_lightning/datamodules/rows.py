@@ -36,7 +36,7 @@ class TrainRows(Dataset[ImageTextBatch]):
         self.table, self.spec, self.seed, self.pairs = table, spec, seed, pairs
         self.augmentation = {Modality.REAL: real_augmentation, Modality.GENERATED: generated_augmentation}
         if pairs is not None:  # a pair shows one real image, whatever the generated row's own table calls it
-            table.image_id[pairs.generated] = np.repeat(table.image_id[pairs.real], pairs.count)
+            table.image_id[pairs.generated] = np.repeat(table.image_id[pairs.real], pairs.size)
 
     def __len__(self) -> int:
         return len(self.table)

@@ -43,7 +43,7 @@ def decode_image(data: bytes) -> Tensor:
     """Decodes one image; the EXIF orientation is applied and transparency is laid over white.
 
     Args:
-        data: An encoded image: what torchvision decodes (JPEG, PNG, WebP, GIF), else whatever Pillow reads.
+        data: An encoded image: JPEG, PNG and WebP by torchvision, all else that Pillow reads by Pillow.
 
     Returns:
         RGB, uint8, shape (3, H, W); of an animation the first frame.
@@ -51,17 +51,16 @@ def decode_image(data: bytes) -> Tensor:
     Raises:
         ImageDecodeError: If neither library reads it.
     """
+    # Left to Pillow: what torchvision refuses, and where it ignores transparency (palettes) or orientation (WebP).
     is_jpeg = data[:2] == b"\xff\xd8"
-    # Of WebP and 16-bit or palette files torchvision ignores the orientation, or the transparency; Pillow reads both.
-    is_rotated_webp = data[12:16] == b"VP8X" and data[20] & 8
-    is_plain_png = data[:4] == b"\x89PNG" and data[24:26] in (b"\x08\x02", b"\x08\x06") and b"tRNS" not in data[:1024]
-    is_webp_or_gif = data[8:12] == b"WEBP" or data[:3] == b"GIF"
-    if is_jpeg or is_plain_png or (is_webp_or_gif and not is_rotated_webp):
+    is_png = data[:4] == b"\x89PNG" and data[25:26] != b"\x03" and b"tRNS" not in data[: data.find(b"IDAT")]
+    is_webp = data[8:12] == b"WEBP" and not (data[12:16] == b"VP8X" and data[20] & 8)
+    if is_jpeg or is_png or is_webp:
         try:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             mode = ImageReadMode.RGB if is_jpeg else ImageReadMode.UNCHANGED  # a JPEG's fourth channel is ink
             image = decode_with_torchvision(buffer, mode, apply_exif_orientation=True)
-            return _over_white(image[0] if image.ndim == 4 else image)
+            return _over_white(image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8))
         except RuntimeError:
             pass  # Pillow reads more, and explains better why it cannot
     return _decode_with_pillow(data)

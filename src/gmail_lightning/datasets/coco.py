@@ -66,9 +66,7 @@ class CocoCaptions(ImageTextDataset):
         captions = [one_line(caption) for caption, _, _ in rows]
         if "" in captions:
             _, image, caption = rows[captions.index("")]
-            raise DataError(
-                f"{annotations}: caption {caption} of image {image} is empty. Write one, or remove the entry."
-            )
+            raise DataError(f"{annotations}: caption {caption} of image {image} is empty. Write one or remove it.")
         self._caption = pa.array(captions)  # one block of memory, which workers share
         self.image_id = np.array([image for _, image, _ in rows], dtype=np.int64)
         self.pair_id = np.array([caption for _, _, caption in rows], dtype=np.int64)

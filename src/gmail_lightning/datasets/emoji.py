@@ -58,7 +58,7 @@ class EmojiDataset(ImageTextDataset):
 
     Noto stands for real images, every other hand for a generator. Rows of one concept by several hands are pairs:
     ``pair_id`` and ``image_id`` are the number of the concept. Concepts that are near copies of one another form one
-    family; families are divided by a stable hash into ``paired`` (75 %) and ``novel``, which an aligner should never see.
+    family; families are divided by a stable hash into ``paired`` (75 %) and ``novel``, which no aligner should see.
     Labels and keywords come from Unicode CLDR, classes are its groups. Licences: ``NOTICE.md`` beside the files.
 
     Args:

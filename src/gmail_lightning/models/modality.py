@@ -130,6 +130,11 @@ class ModalityEncoder(DualEncoder):
         features = torch.cat([branch(image[index], which) for which, index in rows.items()])
         return features[torch.cat(list(rows.values())).argsort()]
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Tells torch.distributed.checkpoint that ``encoder.`` is left out of the keys."""
+        parts = (self.encoder.named_children(), self.encoder.named_parameters(recurse=False))
+        return {name: "encoder" for part in parts for name, _ in part}
+
     @property
     def image_spec(self) -> ImageSpec:
         """As the plain encoder's."""

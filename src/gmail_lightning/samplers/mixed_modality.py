@@ -39,13 +39,14 @@ class Pairs(NamedTuple):
     real: np.ndarray  # (U,) row of the real image
     generated: np.ndarray  # (G,) rows of the generated images, unit by unit
     start: np.ndarray  # (U,) where the rows of a unit begin in ``generated``
-    count: np.ndarray  # (U,) how many they are
+    size: np.ndarray  # (U,) how many they are
     num_unpaired_real: int  # real rows that no generated row refers to
 
     def draw(self, unit: np.ndarray, *key: int | np.ndarray) -> np.ndarray:
         """Picks one generated row per unit by a hash of the key and the ``pair_id``."""
-        choice = stable_hash(*key, self.pair_id[unit]) % self.count[unit].astype(np.uint64)
-        return self.generated[self.start[unit] + choice.astype(np.int64)]
+        choice = stable_hash(*key, self.pair_id[unit]) % self.size[unit].astype(np.uint64)
+        rows: np.ndarray = self.generated[self.start[unit] + choice.astype(np.int64)]
+        return rows
 
 
 def find_pairs(modality: np.ndarray, pair_id: np.ndarray, describe: Callable[[int], str] = "row {}".format) -> Pairs:
@@ -150,7 +151,8 @@ class MixedModalitySampler(DistributedSampler):
     augmentation keyed by (seed, epoch, position) does not depend on workers, on processes or on a resume.
 
     ``paired``: a unit is a generated row and the real row of its ``pair_id``, side by side. Where several generated
-    rows share a real one, one of them is drawn on each pass. An epoch is floor(units / units in a global batch) batches.
+    rows share a real one, one of them is drawn on each pass. An epoch is
+    floor(units / units in a global batch) batches.
     ``mixture``: ``generated_fraction`` of the rows of each batch are generated, any rows. An epoch is one pass over the
     generated rows, or over the real rows if the fraction is 0; the other pool goes on in its own time.
 
@@ -237,32 +239,37 @@ class MixedModalitySampler(DistributedSampler):
         return min(max(self.start_batch - epoch * self.steps_per_epoch, 0), self.steps_per_epoch)
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:  # type: ignore[override]
-        for step in range(self.first_step(self.epoch), self.steps_per_epoch, BATCHES_AT_ONCE):
+        epoch = self.epoch
+        for step in range(self.first_step(epoch), self.steps_per_epoch, BATCHES_AT_ONCE):
             steps = np.arange(step, min(step + BATCHES_AT_ONCE, self.steps_per_epoch))
-            rows, place = self._pairs(steps) if self.pairs is not None else self._mixture(steps)
+            numbers = epoch * self.steps_per_epoch + steps
+            rows, place = self._pairs(numbers) if self.pairs is not None else self._mixture(numbers)
             position = steps[:, None] * self.global_batch_size + place
-            yield from zip(rows.ravel().tolist(), repeat(self.epoch), position.ravel().tolist(), strict=False)
+            yield from zip(rows.ravel().tolist(), repeat(epoch), position.ravel().tolist(), strict=False)
 
-    def _take(self, pool: _Pool, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns this rank's elements of each batch (S, share), their passes, and their places in the pool's part."""
+    def _take(self, pool: _Pool, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns this rank's elements of each batch (S, share), their passes, and their places in the pool's part.
+
+        Batches are numbered from the beginning of training on, ``numbers`` are S consecutive ones.
+        """
         total = pool.share * self.num_replicas  # per global batch
-        start = (self.epoch * self.steps_per_epoch + int(steps[0])) * total
         mine = slice(self.rank, None, self.num_replicas)
-        elements, passes = (array.reshape(-1, total)[:, mine] for array in pool.take(start, len(steps) * total))
+        stream = pool.take(int(numbers[0]) * total, len(numbers) * total)
+        elements, passes = (array.reshape(-1, total)[:, mine] for array in stream)
         return elements, passes, np.arange(total)[mine]
 
-    def _pairs(self, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _pairs(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the rows of each batch, (S, B), generated and real in turn, and their places in it, (B,)."""
         assert self.pairs is not None
-        units, passes, place = self._take(self._pools[0], steps)
+        units, passes, place = self._take(self._pools[0], numbers)
         rows = np.stack([self.pairs.draw(units, self.seed, passes), self.pairs.real[units]], axis=-1)
-        return rows.reshape(len(steps), -1), (2 * place[:, None] + np.arange(2)).ravel()
+        return rows.reshape(len(numbers), -1), (2 * place[:, None] + np.arange(2)).ravel()
 
-    def _mixture(self, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _mixture(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the rows of each batch, (S, B), the generated ones first, and their places in it, (B,)."""
         rows, places, offset = [], [], 0
         for pool in self._pools:
-            elements, _, place = self._take(pool, steps)
+            elements, _, place = self._take(pool, numbers)
             rows.append(elements)
             places.append(offset + place)
             offset += pool.share * self.num_replicas

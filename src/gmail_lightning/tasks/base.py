@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
 from gmail_lightning.models.base import ImageEncoder
-from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference
+from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
 from gmail_lightning.models.modality import is_adapter_key
 from gmail_lightning.optim import WarmupCosine, parameter_groups
 from gmail_lightning.types import ImageTextBatch, InputSpec
@@ -118,14 +119,14 @@ class BaseTask(LightningModule, ABC):
         trainer = self.trainer
         if stage == "fit" and self.batch_contrastive and not self.allow_small_negatives:
             if trainer.accumulate_grad_batches != 1:
-                raise ValueError(
+                raise MisconfigurationException(
                     f"accumulate_grad_batches={trainer.accumulate_grad_batches} gives a batch-contrastive loss no "
                     "further negatives. Raise batch_size and set contrastive_chunk_size to fit it into memory, or set "
                     "allow_small_negatives=True to accept the smaller batch."
                 )
         adapted = any(is_adapter_key(key) for key in self.state_dict())
         if adapted and trainer.precision in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
-            raise ValueError(f"precision={trainer.precision!r}: adapted weights are held in fp32; use bf16-mixed.")
+            raise MisconfigurationException(f"precision={trainer.precision!r}: adapted weights are held in fp32; use bf16-mixed.")
         # Frozen towers have constant buffers; leaving them out keeps evaluation steps free of collectives under DDP.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         if stage != "predict":
@@ -199,7 +200,7 @@ class BaseTask(LightningModule, ABC):
         """The user's optimizer and schedule, or AdamW with ``WarmupCosine``."""
         groups = parameter_groups(self.parameters())
         if not groups:
-            raise ValueError(f"{type(self).__name__}: nothing is trainable.")
+            raise MisconfigurationException(f"{type(self).__name__}: nothing is trainable.")
         build: Callable[..., Optimizer] = self.optimizer or (lambda p: AdamW(p, lr=1e-4, weight_decay=0.01))
         optimizer = build(groups)
         if self.scheduler is not None:
@@ -207,7 +208,7 @@ class BaseTask(LightningModule, ABC):
         elif self.trainer.max_steps > 0:
             schedule = WarmupCosine(optimizer, self.trainer.max_steps, self.warmup_steps)
         elif self.warmup_steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} needs trainer.max_steps, which is not set.")
+            raise MisconfigurationException(f"warmup_steps={self.warmup_steps} needs trainer.max_steps, which is not set.")
         else:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -234,17 +235,14 @@ class BaseTask(LightningModule, ABC):
         """Drops frozen tensors and adds the fingerprint of the encoder they belong to."""
         kept = self._kept_keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        if any(p.requires_grad for p in self.encoder.parameters()) and not self._frozen_base():
-            return  # every weight is in the checkpoint: there is no base to compare
-        checkpoint["base_fingerprint"] = fingerprint(self.encoder)
+        if not all(p.requires_grad for p in self.encoder.parameters()):
+            checkpoint["base_fingerprint"] = fingerprint(self.encoder)
 
-    def _frozen_base(self) -> bool:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module``'s; frozen tensors are not in a checkpoint and so not reported as missing."""
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
         kept = self._kept_keys()
-        return any(k not in kept for k in self.encoder_keys())
-
-    def encoder_keys(self) -> list[str]:
-        """Keys of the encoder's parameters in this task's state."""
-        return [f"encoder.{k}" for k, v in self.encoder.state_dict(keep_vars=True).items() if isinstance(v, nn.Parameter)]
+        return keys._replace(missing_keys=[key for key in keys.missing_keys if key in kept])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint fits: the same trained tensors, the same frozen base.
@@ -259,7 +257,13 @@ class BaseTask(LightningModule, ABC):
                 f"The checkpoint does not fit {type(self).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}. "
                 "Were rank, targets or projection changed?"
             )
-        if "base_fingerprint" in checkpoint:
-            difference = fingerprint_difference(checkpoint["base_fingerprint"], fingerprint(self.encoder))
-            if difference:
-                raise ValueError(f"The checkpoint was trained on another frozen encoder: {difference}")
+        recorded = checkpoint.get("base_fingerprint")
+        if recorded is None:
+            return
+        found = fingerprint(self.encoder, recorded["towers"])
+        difference = fingerprint_difference(recorded, found)
+        if difference is not None:
+            raise ValueError(
+                f"The checkpoint was trained on another frozen encoder: it has fingerprint "
+                f"{fingerprint_digest(recorded)}, this one {fingerprint_digest(found)}; they differ in {difference}."
+            )

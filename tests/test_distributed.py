@@ -1,0 +1,91 @@
+"""Two processes against one on the joined batch: loss, every gradient, and the collectives in the backward."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gmail_lightning import distributed
+
+SCRIPT = Path(__file__).parent / "distributed" / "loss_ranks.py"
+spec = importlib.util.spec_from_file_location("loss_ranks", SCRIPT)
+loss_ranks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(loss_ranks)
+
+pytestmark = pytest.mark.xdist_group("loss_ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    outside = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "MASTER_"))}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), str(folder)],
+            env=outside,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(loss_ranks.RANKS)
+    ]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(loss_ranks.RANKS)]
+
+
+@pytest.mark.parametrize("case", loss_ranks.CASES)
+def test_two_processes_equal_one(ranks, case):
+    loss, trained = loss_ranks.CASES[case]
+    expected = loss_ranks.backward(loss_ranks.TwoTowers(loss, trained), loss_ranks.joined_batch())
+    for results in ranks:
+        actual = results[case]
+        assert actual["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-5)
+        assert actual["gradients"].keys() == expected["gradients"].keys()
+        for name, gradient in expected["gradients"].items():
+            assert gradient.norm() > 1e-4  # a vanishing gradient would prove nothing
+            assert (actual["gradients"][name].norm() / gradient.norm()).item() == pytest.approx(1, abs=1e-5)
+            torch.testing.assert_close(actual["gradients"][name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max())
+    assert torch.equal(ranks[0][case]["loss"], ranks[1][case]["loss"])
+
+
+@pytest.mark.parametrize("case", loss_ranks.CASES)
+def test_the_backward_issues_no_collective(ranks, case):
+    for results in ranks:
+        assert results[case]["forward_calls"] > 0
+        assert results[case]["backward_calls"] == 0
+        assert results["control"]["backward_calls"] > 0
+
+
+def test_the_safe_path_is_taken_together(ranks):
+    for results in ranks:  # it sums once more over the ranks
+        assert results["clip, safe path"]["forward_calls"] > results["clip, ids"]["forward_calls"]
+
+
+def test_unequal_rows_are_an_error_on_every_rank(ranks):
+    for results in ranks:
+        assert "same number of rows, got [3, 4] on ranks 0 to 1" in results["refusal"]
+
+
+def test_rows_are_gathered_in_the_order_of_the_ranks(ranks):
+    joined = loss_ranks.joined_batch()[0]
+    for rank, results in enumerate(ranks):
+        assert (results["rank"], results["world_size"]) == (rank, 2)
+        assert torch.equal(results["gathered"], joined)
+
+
+def test_one_process_needs_no_collective():
+    tensor = torch.randn(3, 2)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.gather_rows(tensor) is tensor
+    assert torch.equal(distributed.all_reduce(tensor.clone(), "sum"), tensor)
+    distributed.require_equal_rows(tensor)

@@ -1,0 +1,190 @@
+"""The command line: what it runs, writes, refuses and answers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+
+from gmail_lightning.main import main, recipes_folder
+from gmail_lightning.models import ModalityEncoder
+from gmail_lightning.tasks import AlignmentTask, RetrievalTask
+
+TINY = {
+    "class_path": "OpenCLIPEncoder",
+    "init_args": {
+        "pretrained": None,
+        "merges": "emoji",
+        "config": {
+            "embed_dim": 16,
+            "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16},
+            "text_cfg": {"context_length": 16, "vocab_size": 6348, "width": 16, "heads": 1, "layers": 1},
+        },
+    },
+}
+SHORT = [
+    f"--model.init_args.encoder={json.dumps(TINY)}", "--trainer.max_steps=3", "--trainer.log_every_n_steps=1",
+    "--data.init_args.batch_size=16", "--data.init_args.num_workers=0", "--trainer.accelerator=cpu",
+]  # fmt: skip
+ALIGN = ["--config", str(recipes_folder() / "emoji/align.yaml"), *SHORT, "--trainer.val_check_interval=3"]
+
+
+def status(args: list[str]) -> int:
+    """Exit status; the parser leaves by ``SystemExit``."""
+    try:
+        return main(args)
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of one short run of the embedded recipe."""
+    folder = tmp_path_factory.mktemp("main")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert status(["fit", *ALIGN]) == 0
+    (made,) = (folder / "runs/emoji-align").iterdir()
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GMAIL_LIGHTNING_RUN_DIR", raising=False)
+
+
+def test_fit_fills_the_run_folder(run: Path) -> None:
+    names = {p.name for p in run.iterdir()}
+    assert {"config.yaml", "checkpoints", "csv", "modality_gap.png", "modality_gap.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert (run / "modality_gap.png").read_bytes()[:4] == b"\x89PNG"
+    gap = json.loads((run / "modality_gap.json").read_text())
+    assert gap["step"] == 3
+    assert set(gap["before"]) == set(gap["after"]) == {"novel", "paired"}
+    # A random base is no worse for the frozen branch after training than before: it is the same branch.
+    assert gap["before"]["novel"]["real_i2t_R@1"] == gap["after"]["novel"]["real_i2t_R@1"]
+    assert gap["before"]["novel"]["paired_cosine"] != gap["after"]["novel"]["paired_cosine"]
+    header = (run / "csv/version_0/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/loss", "val/novel/g2r_R@1", "val/paired/g2r_R@1"} <= set(header)
+
+
+def test_a_checkpoint_of_the_command_line_needs_no_arguments(run: Path) -> None:
+    path = run / "checkpoints/last.ckpt"
+    assert torch.load(path, weights_only=True)["hyper_parameters"]["rank"] > 0
+    task, encoder = AlignmentTask.load_from_checkpoint(path), ModalityEncoder.from_checkpoint(path)
+    image, modality = torch.rand(4, 3, 32, 32), torch.tensor([1, 0, 1, 0])
+    # The base is random here and so not in the file: only the adapters can be compared.
+    for key, value in encoder.state_dict().items():
+        if ".lora." in f".{key}":
+            assert torch.equal(value, task.encoder.state_dict()[key])
+    assert encoder.encode_image(image, modality).shape == (4, 16)
+
+
+def test_resume_goes_on_in_the_folder_and_the_users_values_win(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parents[2])
+    more = ["--trainer.max_steps=4", "--model.init_args.temperature=0.5", "--ckpt_path", "last"]
+    assert status(["fit", *ALIGN, *more]) == 0
+    assert [p.name for p in run.parent.iterdir()] == [run.name]
+    held = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert held["global_step"] == 4
+    assert held["hyper_parameters"]["temperature"] == 0.5
+    assert "temperature: 0.5" in (run / "config.yaml").read_text()
+
+
+def test_lightnings_private_names_are_there() -> None:
+    """We override or read these; a release that renames them must fail here and not silently."""
+    from lightning.pytorch.core.mixins import hparams_mixin
+
+    assert callable(LightningCLI._parse_ckpt_path)
+    assert callable(LightningCLI._instantiate_trainer)
+    assert hparams_mixin._given_hyperparameters.get() is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "answer"),
+    [
+        (["--model", "AlignmntTask"], "Did you mean 'AlignmentTask'"),
+        (["--model.init_args.rnak", "3"], "Did you mean 'rank'"),
+        (["--model.init_args.encoder", "OpenClipEncodr"], "OpenCLIPEncoder"),
+        (["--data.init_args.batchsize", "3"], "Did you mean 'batch_size'"),
+        (["--trainer.max_stps", "3"], "Did you mean 'max_steps'"),
+        (["--modle.x", "3"], "Did you mean 'model'"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_known_ones(
+    wrong: list[str], answer: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert status(["fit", *ALIGN, *wrong]) == 2
+    printed = capfd.readouterr().err
+    assert answer in printed
+    assert "usage:" not in printed
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "answer"),
+    [
+        (["validate", *ALIGN], 2, "untrained model"),
+        (["test", *ALIGN], 2, "untrained model"),
+        (["fit", *ALIGN, "--ckpt_path", "last"], 2, "no checkpoints/last.ckpt below runs/emoji-align"),
+        (["fit", *ALIGN, "--trainer.accumulate_grad_batches", "2"], 2, "contrastive_chunk_size"),
+        (["fit", *ALIGN, "--trainer.overfit_batches", "2"], 2, "limit_train_batches"),
+        (["fit", *ALIGN, "--trainer.num_sanity_val_steps", "2"], 2, "num_sanity_val_steps"),
+        (["fit", *ALIGN, "--model.init_args.real_text_weight", "1"], 2, "real_path"),
+        (["fit", *ALIGN, "--data.init_args.train", '[{"class_path":"ManifestDataset","init_args":{"path":"no.csv"}}]'],
+         3, "no.csv"),
+    ],
+)  # fmt: skip
+def test_refusals_have_a_status_and_a_reason(
+    args: list[str], code: int, answer: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert status(args) == code
+    assert answer in capfd.readouterr().err
+
+
+def test_untrained_on_purpose(capfd: pytest.CaptureFixture[str]) -> None:
+    assert status(["validate", *ALIGN, "--allow_untrained", "true"]) == 0
+    assert "val/novel/margin" in capfd.readouterr().out
+
+
+def test_pretraining_then_export_loads_in_plain_open_clip(tmp_path: Path) -> None:
+    import open_clip
+
+    recipe = ["--config", str(recipes_folder() / "emoji/pretrain.yaml"), *SHORT, "--trainer.limit_val_batches=0"]
+    assert status(["fit", *recipe, "--trainer.default_root_dir", str(tmp_path / "pre")]) == 0
+    checkpoint = tmp_path / "pre/checkpoints/last.ckpt"
+    assert status(["export", str(checkpoint), "--out", str(tmp_path / "clip")]) == 0
+    plain = open_clip.create_model(f"local-dir:{tmp_path / 'clip'}")
+    task = RetrievalTask.load_from_checkpoint(checkpoint)
+    assert torch.equal(plain.visual.proj, task.encoder.model.visual.proj)
+    assert torch.equal(plain.token_embedding.weight, task.encoder.model.token_embedding.weight)
+    assert status(["export", str(checkpoint), "--out", str(tmp_path / "clip")]) == 2
+
+
+def test_recipes_are_listed_and_copied(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["recipes", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(str(p.relative_to(recipes_folder())) in listed for p in recipes_folder().rglob("*.yaml"))
+    assert main(["recipes", "copy", "emoji/align"]) == 0
+    assert (tmp_path / "align.yaml").read_text() == (recipes_folder() / "emoji/align.yaml").read_text()
+    assert main(["recipes", "copy", "emoji/align"]) == 2
+    assert main(["recipes", "copy", "emoji/algin"]) == 2
+    assert "emoji/align.yaml" in capsys.readouterr().err
+
+
+def test_doctor_and_version_work_offline(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    answer = capsys.readouterr().out
+    for word in ("torch ", "torchvision works", "cpu:", "java:", "disk:", "emoji images present", "hub: HF_HUB_OFFLINE"):
+        assert word in answer
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("gmail-lightning ")
+
+
+def test_exit_status_of_the_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gmail_lightning", "fit", *ALIGN, "--trainer.fast_dev_run=true"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stderr
