@@ -55,9 +55,10 @@ class MixedModalityDataModule(LightningDataModule):
         batch_size: Rows per device and training step, generated and real together.
         mode: ``paired`` feeds generated rows beside their real ones; ``mixture`` any rows, in a fixed share.
         generated_fraction: Share of generated rows in each batch of a ``mixture``; pairs are always half and half.
-        real_augmentation: Applied to real training images, float (3, h, w) in [0, 1] after the resize; several in a row
-            as ``torch.nn.Sequential``, or in YAML as a list.
-        generated_augmentation: The same for generated images.
+        augmentation: Applied to training images, float (3, h, w) in [0, 1] after the resize; several in a row as
+            ``torch.nn.Sequential``, or in YAML as a list. The two images of a pair get the same random draw, so that
+            they still show the same thing.
+        generated_augmentation: Applied to generated images after it.
         eval_batch_size: Images per device in evaluation and prediction; by default ``batch_size``.
         num_workers: Worker processes of each loader.
         max_replaced_fraction: Training stops once more than this share of an epoch's rows had to be replaced, since
@@ -75,7 +76,7 @@ class MixedModalityDataModule(LightningDataModule):
         batch_size: int = 64,
         mode: Literal["paired", "mixture"] = "paired",
         generated_fraction: float = 0.5,
-        real_augmentation: nn.Module | list[nn.Module] | None = None,
+        augmentation: nn.Module | list[nn.Module] | None = None,
         generated_augmentation: nn.Module | list[nn.Module] | None = None,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -93,7 +94,7 @@ class MixedModalityDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.mode: Literal["paired", "mixture"] = mode
         self.generated_fraction = generated_fraction
-        self.real_augmentation = _as_module(real_augmentation)
+        self.augmentation = _as_module(augmentation)
         self.generated_augmentation = _as_module(generated_augmentation)
         self.num_workers, self.max_replaced_fraction, self.seed = num_workers, max_replaced_fraction, seed
         self.input_spec = input_spec
@@ -162,7 +163,7 @@ class MixedModalityDataModule(LightningDataModule):
             self._spec(),
             seed=self.seed,
             pairs=sampler.pairs,
-            real_augmentation=self.real_augmentation,
+            augmentation=self.augmentation,
             generated_augmentation=self.generated_augmentation,
         )
         return TrainLoader(rows, batch_size=self.batch_size, sampler=sampler, **self._settings(self.num_workers > 0))

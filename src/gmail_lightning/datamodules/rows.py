@@ -20,7 +20,8 @@ class TrainRows(Dataset[ImageTextBatch]):
     """Rows for training, by the items (row, epoch, position) of a :class:`MixedModalitySampler`.
 
     Every random choice is a hash of (seed, epoch, position): which caption of a row, how it is augmented, and which row
-    stands in for one whose image does not decode (with its pair, where ``pairs`` are given).
+    stands in for one whose image does not decode (with its pair, where ``pairs`` are given). The two rows of a pair
+    share their choices: what moves or colours the generated image moves or colours the real one alike.
     """
 
     def __init__(
@@ -30,11 +31,13 @@ class TrainRows(Dataset[ImageTextBatch]):
         *,
         seed: int = 0,
         pairs: Pairs | None = None,
-        real_augmentation: nn.Module | None = None,
+        augmentation: nn.Module | None = None,
         generated_augmentation: nn.Module | None = None,
     ) -> None:
         self.table, self.spec, self.seed, self.pairs = table, spec, seed, pairs
-        self.augmentation = {Modality.REAL: real_augmentation, Modality.GENERATED: generated_augmentation}
+        of_real = [augmentation] if augmentation is not None else []
+        of_generated = [*of_real, generated_augmentation] if generated_augmentation is not None else of_real
+        self.augmentation = {Modality.REAL: of_real, Modality.GENERATED: of_generated}
         if pairs is not None:  # a pair shows one real image, whatever the generated row's own table calls it
             table.image_id[pairs.generated] = np.repeat(table.image_id[pairs.real], pairs.size)
 
@@ -47,7 +50,8 @@ class TrainRows(Dataset[ImageTextBatch]):
     def __getitems__(self, items: list[tuple[int, int, int]]) -> ImageTextBatch:
         """Returns one training batch; in paired mode the rows of a pair are neighbours."""
         index, epoch, position = np.array(items, dtype=np.int64).T
-        draw = stable_hash(self.seed, epoch, position).tolist()
+        first = position if self.pairs is None else position.reshape(-1, 2)[:, :1].repeat(2, axis=1).ravel()
+        draw = stable_hash(self.seed, epoch, first).tolist()
         replaced = np.zeros(len(index), dtype=bool)
         images: list[Tensor] = []
         reasons: list[str] = []
@@ -112,16 +116,14 @@ class TrainRows(Dataset[ImageTextBatch]):
             return
         with torch.random.fork_rng(devices=[]):
             for i, (modality, seed) in enumerate(zip(self.table.modality[index].tolist(), draw, strict=True)):
-                augmentation = self.augmentation[modality]
-                if augmentation is None:
-                    continue
                 torch.default_generator.manual_seed(seed)
-                shape, images[i] = images[i].shape, augmentation(images[i])
-                if images[i].shape != shape:
-                    raise ValueError(
-                        f"{type(augmentation).__name__} turns an image of shape {tuple(shape)} into "
-                        f"{tuple(images[i].shape)}: an augmentation comes after the resize and keeps the shape."
-                    )
+                for augmentation in self.augmentation[modality]:
+                    shape, images[i] = images[i].shape, augmentation(images[i])
+                    if images[i].shape != shape:
+                        raise ValueError(
+                            f"{type(augmentation).__name__} turns an image of shape {tuple(shape)} into "
+                            f"{tuple(images[i].shape)}: an augmentation comes after the resize and keeps the shape."
+                        )
 
 
 class EvaluationRows(Dataset[ImageTextBatch]):

@@ -67,11 +67,13 @@ def decode_image(data: bytes) -> Tensor:
 
 
 def _decode_with_pillow(data: bytes) -> Tensor:
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGBA")
+    except UnidentifiedImageError as error:  # its own message shows an address in memory
+        raise ImageDecodeError(f"the image does not decode ({len(data)} bytes of no known format)") from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ImageDecodeError(f"the image does not decode ({error})") from error
     return _over_white(torch.from_numpy(np.array(image)).permute(2, 0, 1))
