@@ -21,6 +21,7 @@ def export_checkpoint(
     *,
     to: Literal["open_clip"] = "open_clip",
     encoder: ImageEncoder | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
 ) -> None:
     """Merges the generated branch of a checkpoint into one model and writes it as a folder.
 
@@ -33,6 +34,7 @@ def export_checkpoint(
         out: Folder to write; it must be new or empty.
         to: Form of the export.
         encoder: The plain encoder that the task was trained on, where the checkpoint does not record it. It is changed.
+        dtype: Precision of the written weights.
 
     Raises:
         FileExistsError: If ``out`` exists and holds something.
@@ -45,6 +47,7 @@ def export_checkpoint(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: give a new folder.")
     plain, state = _merged(checkpoint, encoder)
+    state = {key: value.to(getattr(torch, dtype)) if value.is_floating_point() else value for key, value in state.items()}
     save_open_clip(folder, plain.model_config, plain.preprocess_config, state, plain.merges)
     if hasattr(plain.tokenizer, "save_pretrained"):  # open_clip looks for a Hugging Face tokenizer in the folder
         plain.tokenizer.save_pretrained(folder)

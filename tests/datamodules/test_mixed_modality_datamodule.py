@@ -101,11 +101,10 @@ def trainer(folder: Path, **arguments: Any) -> Trainer:
 
 
 def datamodule(train: list[ImageTextDataset] | None = None, **arguments: Any) -> MixedModalityDataModule:
-    augmentation = v2.RandomHorizontalFlip(), v2.ColorJitter(brightness=0.5)
     defaults: dict[str, Any] = {
         "batch_size": 8,
-        "real_augmentation": augmentation[0],
-        "generated_augmentation": list(augmentation),
+        "augmentation": v2.ColorJitter(brightness=0.5),
+        "generated_augmentation": [v2.RandomHorizontalFlip(), v2.ColorJitter(contrast=0.5)],
         "val": {"held out": pairs(6)},
     }
     return MixedModalityDataModule(pairs() if train is None else train, **{**defaults, **arguments})
@@ -120,7 +119,7 @@ def assert_same(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> No
             assert torch.equal(value, other[key]) if isinstance(value, Tensor) else value == other[key], key
 
 
-# 22 pairs and batches of 4 pairs: 5 batches an epoch. Checkpoints after 2 batches of an epoch, at its end, and beyond it.
+# 22 pairs, batches of 4: 5 batches an epoch. Checkpoints after 2 batches of an epoch, at its end, and beyond it.
 @pytest.mark.parametrize(
     ("mode", "stop", "workers"),
     [("paired", 2, 0), ("paired", 5, 0), ("paired", 5, 1), ("paired", 7, 0), ("paired", 7, 1), ("mixture", 7, 0)],
@@ -134,9 +133,7 @@ def test_ten_steps_equal_some_steps_a_resume_and_the_rest(tmp_path: Path, mode: 
 
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=stop, save_top_k=-1)
     first = Recorder()
-    trainer(tmp_path, max_steps=stop, callbacks=[saver]).fit(
-        first, datamodule(train, mode=mode, num_workers=workers)
-    )
+    trainer(tmp_path, max_steps=stop, callbacks=[saver]).fit(first, datamodule(train, mode=mode, num_workers=workers))
     (path,) = (tmp_path / "saved").glob("*.ckpt")
     state = torch.load(path, weights_only=True)["MixedModalityDataModule"]
     assert {"epoch": (stop - 1) // 5, "step": (stop - 1) % 5 + 1}.items() <= state.items()
@@ -218,11 +215,9 @@ def test_a_second_fit_starts_anew(tmp_path: Path) -> None:
 
 
 def test_pixels_are_those_of_an_independent_computation() -> None:
-    module = datamodule(input_spec=SPEC, real_augmentation=None, generated_augmentation=None)
-    module.setup("fit")
     by_key = {data.sample_key(i): (data, i) for data in pairs() for i in range(len(data))}
     captions = set()
-    for batch in module.train_dataloader():
+    for batch in training_loader():
         for row, key in enumerate(batch["sample_key"]):
             data, index = by_key[key]
             assert torch.equal(batch["image"][row], data[index]["image"] / 255)
@@ -230,34 +225,47 @@ def test_pixels_are_those_of_an_independent_computation() -> None:
             assert batch["modality"][row] == data.modality[index]
             assert batch["pair_id"][row] == data.pair_id[index]
             captions.add(batch["caption"][row][-1])
+        assert [text[-1] for text in batch["caption"][::2]] == [text[-1] for text in batch["caption"][1::2]]
         assert torch.equal(batch["text"], encode(batch["caption"]))
         assert torch.equal(batch["image_id"][::2], batch["image_id"][1::2])  # that of the real row
         assert batch["text_row"].tolist() == batch["image_row"].tolist() == list(range(8))
     assert captions == {"a", "b"}  # each caption is drawn at times
 
 
-def test_augmentation_is_by_modality_and_leaves_the_random_state_alone() -> None:
-    class Noise(nn.Module):
-        def forward(self, image: Tensor) -> Tensor:
-            return torch.rand_like(image)
+class Noise(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.rand_like(image)
 
-    module = datamodule(input_spec=SPEC, real_augmentation=None, generated_augmentation=Noise())
+
+def training_loader(**arguments: Any) -> Any:
+    module = datamodule(**{"input_spec": SPEC, "augmentation": None, "generated_augmentation": None, **arguments})
     module.setup("fit")
-    loader = module.train_dataloader()
+    return module.train_dataloader()
+
+
+def test_augmentation_depends_on_epoch_and_position_alone() -> None:
+    loader = training_loader(augmentation=Noise())
     items = list(loader.sampler)[:8]
     before = torch.get_rng_state()
     batch = loader.dataset.__getitems__(items)
     assert torch.equal(torch.get_rng_state(), before)
-    again = loader.dataset.__getitems__(items[2:4])
-    assert torch.equal(again["image"], batch["image"][2:4])  # of its own position alone
-    moved = loader.dataset.__getitems__([(row, epoch + 1, position) for row, epoch, position in items])
-    assert torch.equal(moved["image"][1::2], batch["image"][1::2])  # real rows
-    assert not torch.isclose(moved["image"][::2], batch["image"][::2]).all(dim=(1, 2, 3)).any()
+    assert torch.equal(loader.dataset.__getitems__(items[2:4])["image"], batch["image"][2:4])
+    assert torch.equal(batch["image"][::2], batch["image"][1::2])  # the rows of a pair share the draw
+    assert len(batch["image"].flatten(1).unique(dim=0)) == 4
+    later = loader.dataset.__getitems__([(row, epoch + 1, position) for row, epoch, position in items])
+    assert len(torch.cat([batch["image"], later["image"]]).flatten(1).unique(dim=0)) == 8
+    other = training_loader(augmentation=Noise(), seed=1).dataset.__getitems__(items)
+    assert len(torch.cat([batch["image"], other["image"]]).flatten(1).unique(dim=0)) == 8
+    mixture = training_loader(augmentation=Noise(), mode="mixture")
+    assert len(next(iter(mixture))["image"].flatten(1).unique(dim=0)) == 8  # no pairs: each row its own
 
-    module = datamodule(input_spec=SPEC, real_augmentation=v2.CenterCrop(4))
-    module.setup("fit")
+
+def test_generated_augmentation_leaves_real_rows_alone() -> None:
+    plain, changed = (next(iter(training_loader(generated_augmentation=one))) for one in (None, Noise()))
+    assert torch.equal(plain["image"][1::2], changed["image"][1::2])
+    assert not (plain["image"][::2] == changed["image"][::2]).flatten(1).all(1).any()
     with pytest.raises(ValueError, match=r"CenterCrop turns an image of shape \(3, 8, 8\) into \(3, 4, 4\)"):
-        next(iter(module.train_dataloader()))
+        next(iter(training_loader(augmentation=v2.CenterCrop(4))))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -298,7 +306,9 @@ def test_broken_images_are_replaced_and_counted(tmp_path: Path, mode: str, worke
 def test_too_many_broken_images_stop_the_training(tmp_path: Path) -> None:
     # one broken image among 22 pairs: 2 of 40 rows are 5 %
     module = datamodule(pairs(broken_real=frozenset({3})), max_replaced_fraction=0.04)
-    with pytest.raises(DataError, match=r"2 of 40 training rows .*key 'real/3'.*does not decode.*max_replaced_fraction=0.04"):
+    with pytest.raises(
+        DataError, match=r"2 of 40 training rows .*key 'real/3'.*does not decode.*max_replaced_fraction=0.04"
+    ):
         trainer(tmp_path, max_epochs=3).fit(Recorder(), module)
     everything = frozenset(range(22))
     module = datamodule(pairs(broken_generated=everything), max_replaced_fraction=1.0)
@@ -430,9 +440,7 @@ def test_real_rows_without_partner_are_counted(tmp_path: Path) -> None:
 
 def test_sizes_and_names_of_texts_follow_the_spec() -> None:
     spec = InputSpec(ImageSpec((4, 6), "squash"), {"long_text": TextSpec(encode, 8), "short_text": TextSpec(encode, 8)})
-    module = datamodule(input_spec=spec, real_augmentation=None, generated_augmentation=None)
-    module.setup("fit")
-    loader = module.train_dataloader()
+    loader = training_loader(input_spec=spec)
     assert isinstance(loader.dataset, TrainRows)
     batch = next(iter(loader))
     assert torch.equal(batch["long_text"], batch["short_text"])
@@ -456,7 +464,7 @@ data:
     val:
       novel: [{class_path: EmojiDataset, init_args: {hand: noto, concept_set: novel}}]
     predict: {class_path: EmojiDataset}
-    real_augmentation: {class_path: torchvision.transforms.v2.ColorJitter, init_args: {brightness: 0.2}}
+    augmentation: {class_path: torchvision.transforms.v2.ColorJitter, init_args: {brightness: 0.2}}
     generated_augmentation:
       class_path: torchvision.transforms.v2.Compose
       init_args:

@@ -108,7 +108,13 @@ def test_unknown_names_are_answered_with_the_known(arguments: dict[str, str], me
 
 def test_the_notice_names_every_author() -> None:
     notice = PACK.joinpath("NOTICE.md").read_text(encoding="utf-8")
-    for name in (*[f"{hand}.parquet" for hand in HANDS], "Google Inc", "Twitter, Inc", "Microsoft Corporation", "EmojiOne"):
+    for name in (
+        *[f"{hand}.parquet" for hand in HANDS],
+        "Google Inc",
+        "Twitter, Inc",
+        "Microsoft Corporation",
+        "EmojiOne",
+    ):
         assert name in notice
     assert "CC-BY 4.0" in notice
     assert "Unicode, Inc." in notice

@@ -38,7 +38,9 @@ def test_folders_are_classes(root: Path) -> None:
 def test_class_names_by_order_and_by_folder(root: Path) -> None:
     for names in (["cat", "dog", "emu"], {"n03_x": "emu", "n01": "cat", "n02": "dog"}):
         data = ImageFolder(root, class_names=names)
-        assert [data.captions(i)[0] for i in range(4)] == [f"a photo of a {name}" for name in ("cat", "dog", "dog", "emu")]
+        assert [data.captions(i)[0] for i in range(4)] == [
+            f"a photo of a {name}" for name in ("cat", "dog", "dog", "emu")
+        ]
 
 
 def test_errors(root: Path) -> None:

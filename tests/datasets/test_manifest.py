@@ -20,7 +20,14 @@ from gmail_lightning.datasets import columns as columns_module
 KINDS = ("jsonl", "csv", "tsv", "parquet")
 ROWS: list[dict[str, Any]] = [
     {"key": "k0", "image": "a.png", "caption": 'ein "Bär", süß', "modality": "real", "image_id": 7, "pair_id": 70},
-    {"key": "k1", "image": "b.png", "caption": "two\r\nlines\tand 猫", "modality": "generated", "image_id": 7, "pair_id": 70},
+    {
+        "key": "k1",
+        "image": "b.png",
+        "caption": "two\r\nlines\tand 猫",
+        "modality": "generated",
+        "image_id": 7,
+        "pair_id": 70,
+    },
     {"key": "k2", "image": "a.png", "caption": " spaced\u2003out ", "modality": "1", "image_id": 8, "pair_id": None},
 ]
 
@@ -121,7 +128,9 @@ def test_json_lines_whose_types_and_keys_differ(folder: Path, monkeypatch: pytes
 
 def test_a_text_file_from_windows(folder: Path) -> None:
     (folder / "rows.csv").write_bytes("\ufeffimage,caption\r\na.png,x\r\n\r\nb.png,y\r\n".encode())
-    (folder / "rows.jsonl").write_bytes('\ufeff{"image": "a.png", "caption": "x"}\r\n\r\n{"image": "b.png", "caption": "y"}'.encode())
+    (folder / "rows.jsonl").write_bytes(
+        '\ufeff{"image": "a.png", "caption": "x"}\r\n\r\n{"image": "b.png", "caption": "y"}'.encode()
+    )
     for kind in ("csv", "jsonl"):
         data = ManifestDataset(folder / f"rows.{kind}", modality="real")
         assert [data.captions(i) for i in range(2)] == [["x"], ["y"]]
@@ -193,7 +202,7 @@ def test_malformed_files_are_named(tmp_path: Path, name: str, text: str, message
 def test_other_encodings_and_missing_files(folder: Path) -> None:
     for kind in ("csv", "jsonl"):
         (folder / f"latin.{kind}").write_bytes("image,caption\na.png,süß\n".encode("latin-1"))
-        with pytest.raises(DataError, match="not UTF-8|not valid JSON"):
+        with pytest.raises(DataError, match=r"not UTF-8|not valid JSON"):
             ManifestDataset(folder / f"latin.{kind}", modality="real")
     with pytest.raises(DataError, match=r"none\.csv: no such manifest"):
         ManifestDataset(folder / "none.csv")

@@ -24,8 +24,8 @@ class TrainLoader(DataLoader[ImageTextBatch]):
     """Begins to read when the first batch is asked for.
 
     Lightning asks for the iterator before it has told the sampler which epoch a resumed run is in, and workers would
-    begin with another one. The two state methods tell it that resuming in mid-epoch is exact here; the data module keeps
-    the state, because Lightning restores that of a loader only if nothing has asked for the number of steps before.
+    begin with another one. The two state methods say that resuming in mid-epoch is exact here; the state itself is the
+    data module's, because Lightning restores a loader's only if nothing has asked for the number of steps before.
     """
 
     def __iter__(self) -> Iterator[ImageTextBatch]:  # type: ignore[override]

@@ -50,8 +50,8 @@ class TrainRows(Dataset[ImageTextBatch]):
     def __getitems__(self, items: list[tuple[int, int, int]]) -> ImageTextBatch:
         """Returns one training batch; in paired mode the rows of a pair are neighbours."""
         index, epoch, position = np.array(items, dtype=np.int64).T
-        first = position if self.pairs is None else position.reshape(-1, 2)[:, :1].repeat(2, axis=1).ravel()
-        draw = stable_hash(self.seed, epoch, first).tolist()
+        shared = position if self.pairs is None else position - position % 2  # that of the first row of the pair
+        draw = stable_hash(self.seed, epoch, shared).tolist()
         replaced = np.zeros(len(index), dtype=bool)
         images: list[Tensor] = []
         reasons: list[str] = []

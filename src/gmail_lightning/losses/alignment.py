@@ -36,6 +36,7 @@ def alignment_loss(
         ValueError: If the temperature is not positive, and as `clip_loss`.
 
     Example:
+        >>> import torch
         >>> alignment_loss(torch.eye(2), torch.eye(2), temperature=1.0)
         tensor(0.3133)
     """

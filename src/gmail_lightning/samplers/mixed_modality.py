@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import repeat
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -239,13 +239,17 @@ class MixedModalitySampler(DistributedSampler):
         return min(max(self.start_batch - epoch * self.steps_per_epoch, 0), self.steps_per_epoch)
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:  # type: ignore[override]
+        return chain.from_iterable(self._blocks())
+
+    def _blocks(self) -> Iterator[Iterable[tuple[int, int, int]]]:
+        """Yields the items of some batches at a time; the epoch is that in which the iteration begins."""
         epoch = self.epoch
         for step in range(self.first_step(epoch), self.steps_per_epoch, BATCHES_AT_ONCE):
             steps = np.arange(step, min(step + BATCHES_AT_ONCE, self.steps_per_epoch))
             numbers = epoch * self.steps_per_epoch + steps
             rows, place = self._pairs(numbers) if self.pairs is not None else self._mixture(numbers)
             position = steps[:, None] * self.global_batch_size + place
-            yield from zip(rows.ravel().tolist(), repeat(epoch), position.ravel().tolist(), strict=False)
+            yield zip(rows.ravel().tolist(), repeat(epoch), position.ravel().tolist(), strict=False)
 
     def _take(self, pool: _Pool, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns this rank's elements of each batch (S, share), their passes, and their places in the pool's part.

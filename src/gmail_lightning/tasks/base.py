@@ -86,7 +86,7 @@ class BaseTask(LightningModule, ABC):
         #: Values of the last evaluation, by set: what the callbacks draw and print.
         self.results: dict[str, dict[str, float]] = {}
         self._gradients_checked = False
-        self._replaced = 0
+        self._replaced: Tensor | int = 0  # rows that stood in for others so far; on the device until it is logged
 
     # What a subclass says
 
@@ -138,7 +138,7 @@ class BaseTask(LightningModule, ABC):
     def _step(self, batch: ImageTextBatch, stage: str) -> Tensor:
         losses = self.compute_losses(batch)
         if "replaced" in batch:
-            self._replaced += int(batch["replaced"].sum())
+            self._replaced = self._replaced + batch["replaced"].sum()
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
             if not torch.isfinite(losses["loss"]):
                 terms = ", ".join(f"{k}={v.item():.4g}" for k, v in losses.items())

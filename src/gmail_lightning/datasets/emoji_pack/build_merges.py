@@ -4,7 +4,7 @@ Encoding a text applies, again and again, the merge of lowest rank that fits. Ke
 their order, gives the captions the same pieces as the whole table does; words outside fall back to smaller pieces, so no
 text is unknown. The file has the form that ``open_clip.tokenizer.SimpleTokenizer(bpe_path=...)`` reads.
 
-    python -m gmail_lightning.models.emoji_clip.build_merges
+    python -m gmail_lightning.datasets.emoji_pack.build_merges
 """
 
 from __future__ import annotations
@@ -48,6 +48,6 @@ if __name__ == "__main__":
         captions += [caption for i in range(len(dataset)) for caption in dataset.captions(i)]
     merges = used_merges(SimpleTokenizer(), captions)
     lines = "\n".join(["#version: cut over the emoji captions", *(" ".join(pair) for pair in merges)])
-    out = Path(__file__).with_name("merges.txt.gz")
+    out = Path(__file__).parents[2] / "models/emoji_clip/merges.txt.gz"
     out.write_bytes(gzip.compress(lines.encode(), 9, mtime=0))
     print(f"{len(merges)} merges, vocabulary of {len(merges) + 514}, {out.stat().st_size / 1e3:.0f} kB")
