@@ -20,6 +20,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from gmail_lightning.optim import WarmupCosine, parameter_groups
 from gmail_lightning.tasks import BaseTask
@@ -69,7 +70,7 @@ def microseconds(task: pl.LightningModule, logged: bool, folder: str) -> float:
         enable_model_summary=False, logger=CSVLogger(folder) if logged else False, log_every_n_steps=50,
     )  # fmt: skip
     start = time.process_time()
-    trainer.fit(task, [rows] * STEPS)
+    trainer.fit(task, DataLoader([rows] * STEPS, batch_size=None))
     return (time.process_time() - start) / STEPS * 1e6
 
 

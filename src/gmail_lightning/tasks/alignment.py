@@ -32,11 +32,13 @@ class AlignmentTask(BaseTask):
         targets: Roles of the adapted matrices, of ``q k v out fc1 fc2``.
         real_path: Branch that real images take: ``frozen`` (Algorithm 1), ``projected`` or ``adapted`` (section 3.2).
         projection: A linear map on the generated side, from the identity; the other two real paths always have both.
-        loss: ``info_nce`` (Eq. 1), ``sigmoid`` (SigLIP form) or ``cosine`` (1 - paired cosine: a control, no negatives).
+        loss: ``info_nce`` (Eq. 1) or ``sigmoid`` (SigLIP form).
         temperature: Divides the cosine similarities.
         learnable_temperature: Train the temperature (and the bias of the sigmoid form) with the adapters.
         symmetric: Add the real-to-generated direction of InfoNCE.
         alignment_weight: Weight of the alignment term; 0 with a text weight is LoRA without alignment.
+        cosine_weight: Weight of 1 - paired cosine, which has no negatives. It holds the generated cloud in place, where
+            InfoNCE alone lets it drift as a whole; with ``alignment_weight: 0`` it is the plain distillation control.
         generated_text_weight: Weight of the contrastive term between generated images and captions (section 3.1).
         real_text_weight: The same for real images; needs a real path that trains.
         contrastive_chunk_size: Encode the batch in chunks of this many rows, with the exact gradients of one batch.
@@ -59,11 +61,12 @@ class AlignmentTask(BaseTask):
         targets: Sequence[str] = ("q", "v"),
         real_path: Literal["frozen", "projected", "adapted"] = "frozen",
         projection: bool = False,
-        loss: Literal["info_nce", "sigmoid", "cosine"] = "info_nce",
+        loss: Literal["info_nce", "sigmoid"] = "info_nce",
         temperature: float = 0.07,
         learnable_temperature: bool = False,
         symmetric: bool = False,
         alignment_weight: float = 1.0,
+        cosine_weight: float = 0.0,
         generated_text_weight: float = 0.0,
         real_text_weight: float = 0.0,
         contrastive_chunk_size: int | None = None,
@@ -74,8 +77,10 @@ class AlignmentTask(BaseTask):
     ) -> None:
         super().__init__(optimizer, scheduler, warmup_steps, allow_small_negatives)
         self.record_hyperparameters()
-        if max(alignment_weight, generated_text_weight, real_text_weight) <= 0:
-            raise ValueError("All loss weights are 0: set alignment_weight or generated_text_weight above 0.")
+        weights = {"alignment": alignment_weight, "cosine": cosine_weight, "generated_text": generated_text_weight}
+        self.weights = {**weights, "real_text": real_text_weight}
+        if min(self.weights.values()) < 0 or max(weights.values()) == 0:
+            raise ValueError(f"The loss weights must not be negative and not all 0, got {self.weights}.")
         if (generated_text_weight or real_text_weight) and not isinstance(encoder, DualEncoder):
             raise ValueError(f"{type(encoder).__name__} has no text tower: set the text weights to 0.")
         if real_text_weight and real_path == "frozen":
@@ -83,19 +88,16 @@ class AlignmentTask(BaseTask):
         if temperature <= 0:
             raise ValueError(f"temperature={temperature} must be positive.")
         if symmetric and loss != "info_nce":
-            raise ValueError(f"symmetric=True belongs to loss: info_nce; {loss} is symmetric as it is.")
+            raise ValueError("symmetric=True belongs to loss: info_nce; the sigmoid form is symmetric as it is.")
         self.encoder = ModalityEncoder(
             encoder, rank=rank, alpha=alpha, targets=tuple(targets), real_path=real_path, projection=projection
         )
         self.has_text = isinstance(encoder, DualEncoder)
         self.loss, self.symmetric = loss, symmetric
-        self.alignment_weight = alignment_weight
-        self.generated_text_weight, self.real_text_weight = generated_text_weight, real_text_weight
         self.contrastive_chunk_size = contrastive_chunk_size
-        self.log_temperature = nn.Parameter(
-            torch.tensor(math.log(temperature)), requires_grad=learnable_temperature and loss != "cosine"
-        )
-        self.bias = nn.Parameter(torch.tensor(-10.0), requires_grad=learnable_temperature and loss == "sigmoid")
+        learnable = learnable_temperature and alignment_weight > 0
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learnable)
+        self.bias = nn.Parameter(torch.tensor(-10.0), requires_grad=learnable and loss == "sigmoid")
 
     @property
     def input_spec(self) -> InputSpec:
@@ -116,22 +118,17 @@ class AlignmentTask(BaseTask):
         if self.encoder.real_path == "frozen":
             real = real.detach()  # no gradient, hence no collective in the backward
 
-        losses: dict[str, Tensor] = {}
-        if self.alignment_weight:
-            losses["alignment"] = self._alignment(generated, real, ids)
-        total = self.alignment_weight * losses.get("alignment", generated.new_zeros(()))
-        for name, rows, weight in (
-            ("generated_text", is_generated, self.generated_text_weight),
-            ("real_text", ~is_generated, self.real_text_weight),
-        ):
-            if weight:
-                losses[name] = self._text_term(features[rows], batch["text"][rows], batch["image_id"][rows])
-                total = total + weight * losses[name]
+        terms = {
+            "alignment": lambda: self._alignment(generated, real, ids),
+            "cosine": lambda: 1.0 - F.cosine_similarity(generated.float(), real.float()).mean(),
+            "generated_text": lambda: self._text_term(generated, batch["text"][is_generated], ids),
+            "real_text": lambda: self._text_term(real, batch["text"][~is_generated], ids),
+        }
+        losses = {name: terms[name]() for name, weight in self.weights.items() if weight}
+        total = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
         return {"loss": total, **losses}
 
     def _alignment(self, generated: Tensor, real: Tensor, ids: Tensor) -> Tensor:
-        if self.loss == "cosine":
-            return 1.0 - F.cosine_similarity(generated.float(), real.float()).mean()
         temperature = self.log_temperature.exp()
         if self.loss == "sigmoid":
             return sigmoid_loss(generated, real, 1.0 / temperature, self.bias, ids=ids)
