@@ -1,6 +1,6 @@
 """CPU time of ``gmail-lightning --help`` against importing Lightning's command line, whole processes, interleaved.
 
-    python benchmarks/help.py
+python benchmarks/help.py
 """
 
 import os

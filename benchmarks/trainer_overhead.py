@@ -41,7 +41,7 @@ class Bare(pl.LightningModule):
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         return self.encoder(batch["image_features"]).square().mean()
 
-    def configure_optimizers(self):  # noqa: ANN201
+    def configure_optimizers(self):
         optimizer = torch.optim.AdamW(parameter_groups(self.parameters()), lr=1e-4, weight_decay=0.01)
         schedule = WarmupCosine(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -64,7 +64,11 @@ class Ours(BaseTask):
 
 def microseconds(task: pl.LightningModule, logged: bool, folder: str) -> float:
     """CPU time of one step."""
-    rows = {"image_features": torch.randn(8, 32), "modality": torch.zeros(8), "replaced": torch.zeros(8, dtype=torch.bool)}
+    rows = {
+        "image_features": torch.randn(8, 32),
+        "modality": torch.zeros(8),
+        "replaced": torch.zeros(8, dtype=torch.bool),
+    }
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=STEPS, max_epochs=-1, enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, logger=CSVLogger(folder) if logged else False, log_every_n_steps=50,

@@ -41,6 +41,7 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def test_import_loads_no_heavy_package() -> None:
-    code = "import sys, gmail_lightning; print({'torch', 'lightning', 'diffusers', 'transformers', 'open_clip'} & set(sys.modules))"
+    heavy = {"torch", "lightning", "diffusers", "transformers", "open_clip"}
+    code = f"import sys, gmail_lightning; print({heavy} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"

@@ -12,11 +12,19 @@ import torch
 from gmail_lightning import distributed
 
 SCRIPT = Path(__file__).parent / "distributed" / "loss_ranks.py"
-spec = importlib.util.spec_from_file_location("loss_ranks", SCRIPT)
-loss_ranks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(loss_ranks)
+TASK_SCRIPT = SCRIPT.with_name("task_ranks.py")
 
-pytestmark = pytest.mark.xdist_group("loss_ranks")
+
+def load_script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+loss_ranks = load_script(SCRIPT)
+
+pytestmark = pytest.mark.xdist_group("launches")
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +97,22 @@ def test_one_process_needs_no_collective():
     assert distributed.gather_rows(tensor) is tensor
     assert torch.equal(distributed.all_reduce(tensor.clone(), "sum"), tensor)
     distributed.require_equal_rows(tensor)
+
+
+def test_two_processes_align_and_validate_as_one(tmp_path: Path) -> None:
+    """The same global batches, weights, metrics; every image validated once; no collective in an evaluation step."""
+    outside = ("PYTEST", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(outside)}
+    command = [sys.executable, str(TASK_SCRIPT), "2", str(tmp_path)]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    load_script(TASK_SCRIPT).main(1, tmp_path)
+    one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    assert any(name.endswith(".B") and p.abs().max() > 1e-5 for name, p in one["weights"].items())
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], value, rtol=1e-4, atol=1e-6)
+    assert two["results"] == {name: pytest.approx(value, abs=2e-3) for name, value in one["results"].items()}
+    assert two["collectives"] == 0
+    seen = [torch.load(tmp_path / f"seen-2-{rank}.pt") for rank in (0, 1)]
+    assert sorted([*seen[0], *seen[1]]) == sorted(torch.load(tmp_path / "seen-1-0.pt"))
+    assert len(set(seen[0]) | set(seen[1])) == len(seen[0]) + len(seen[1]) == 2 * 373

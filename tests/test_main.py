@@ -172,7 +172,15 @@ def test_recipes_are_listed_and_copied(capsys: pytest.CaptureFixture[str], tmp_p
 def test_doctor_and_version_work_offline(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     answer = capsys.readouterr().out
-    for word in ("torch ", "torchvision works", "cpu:", "java:", "disk:", "emoji images present", "hub: HF_HUB_OFFLINE"):
+    for word in (
+        "torch ",
+        "torchvision works",
+        "cpu:",
+        "java:",
+        "disk:",
+        "emoji images present",
+        "hub: HF_HUB_OFFLINE",
+    ):
         assert word in answer
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("gmail-lightning ")

@@ -33,7 +33,9 @@ def test_cycles_restart_at_the_full_rate() -> None:
     assert got == pytest.approx([*one, *one, 0], abs=1e-9)
 
 
-@pytest.mark.parametrize("kwargs", [{"max_steps": -1}, {"max_steps": 4, "warmup_steps": -1}, {"max_steps": 4, "cycles": 0}])
+@pytest.mark.parametrize(
+    "kwargs", [{"max_steps": -1}, {"max_steps": 4, "warmup_steps": -1}, {"max_steps": 4, "cycles": 0}]
+)
 def test_impossible_schedules_are_refused(kwargs: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be at least"):
         rates(1, **kwargs)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import gmail_lightning.models  # noqa: F401  short class names resolve once their module is imported
 from gmail_lightning.callbacks import SparseProgress
@@ -54,7 +54,9 @@ class GmailCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Two settings of our own."""
-        parser.add_argument("--name", type=str | None, default=None, help="Runs go to runs/NAME; default: the recipe's.")
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="Runs go to runs/NAME; default: the recipe's."
+        )
         parser.add_argument(
             "--allow_untrained", type=bool, default=False, help="Evaluate random weights on purpose, as a baseline."
         )
@@ -67,7 +69,7 @@ class GmailCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-            causes = [error]
+            causes: list[BaseException] = [error]
             while causes[-1].__cause__ is not None:
                 causes.append(causes[-1].__cause__)
             data = next((cause for cause in causes if isinstance(cause, DataError)), None)
@@ -110,7 +112,6 @@ class GmailCLI(LightningCLI):
             folder = found[-1].parents[1]  # a resumed run goes on in its folder
         os.environ[RUN_DIR] = str(folder)
         return folder
-
 
     def _instantiate_trainer(self, config: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
         given = [*callbacks, *(config.get("callbacks") or [])]

@@ -47,7 +47,9 @@ def export_checkpoint(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: give a new folder.")
     plain, state = _merged(checkpoint, encoder)
-    state = {key: value.to(getattr(torch, dtype)) if value.is_floating_point() else value for key, value in state.items()}
+    state = {
+        key: value.to(getattr(torch, dtype)) if value.is_floating_point() else value for key, value in state.items()
+    }
     save_open_clip(folder, plain.model_config, plain.preprocess_config, state, plain.merges)
     if hasattr(plain.tokenizer, "save_pretrained"):  # open_clip looks for a Hugging Face tokenizer in the folder
         plain.tokenizer.save_pretrained(folder)

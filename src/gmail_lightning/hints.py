@@ -27,7 +27,7 @@ def hint(message: str) -> str:
 def _advice(name: str, lead: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"\n{repr(name)} is not known.{f' Did you mean {close[0]!r}?' if close else ''} {lead}: {', '.join(known)}."
+    return f"\n{name!r} is not known.{f' Did you mean {close[0]!r}?' if close else ''} {lead}: {', '.join(known)}."
 
 
 def _unknown_class(name: str, message: str) -> str:
@@ -35,7 +35,9 @@ def _unknown_class(name: str, message: str) -> str:
     if base is None:
         return ""
     known = {c.__name__ for c in _subclasses(base) if not inspect.isabstract(c) and not c.__name__.startswith("_")}
-    return _advice(name.rpartition(".")[2], f"Known for {base.__name__}", known) + " Your own class: give its import path."
+    return (
+        _advice(name.rpartition(".")[2], f"Known for {base.__name__}", known) + " Your own class: give its import path."
+    )
 
 
 def _expected_class(before: str) -> type | None:
@@ -46,7 +48,7 @@ def _expected_class(before: str) -> type | None:
     if keys and keys[-1] in ("model", "data"):
         owners = []
     if owners and keys and (cls := _import(owners[-1])):
-        annotation = get_type_hints(cls.__init__).get(keys[-1].rpartition(".")[2])
+        annotation = get_type_hints(vars(cls)["__init__"]).get(keys[-1].rpartition(".")[2])
         return next((c for c in _classes(annotation) if _subclasses(c)), None)
     unions = re.findall(r"<class '([\w.]+)'>", before)
     return next((c for c in map(_import, unions) if c is not None and c is not type(None)), None)
@@ -62,7 +64,7 @@ def _classes(annotation: Any) -> list[type]:
 
 
 def _subclasses(cls: type) -> set[type]:
-    direct = set(type.__subclasses__(cls))
+    direct: set[type] = set(type.__subclasses__(cls))
     return direct.union(*(_subclasses(c) for c in direct)) if direct else direct
 
 
@@ -85,4 +87,6 @@ def _unknown_key(key: str) -> str:
         from lightning.pytorch import Trainer
 
         return _advice(rest.partition(".")[0], "trainer accepts", _parameters(Trainer))
-    return _advice(first, "Top-level keys", ("trainer", "model", "data", "seed_everything", "name", "allow_untrained", "ckpt_path"))
+    return _advice(
+        first, "Top-level keys", ("trainer", "model", "data", "seed_everything", "name", "allow_untrained", "ckpt_path")
+    )

@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _fit_or_evaluate(args: Sequence[str] | None) -> int:
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from gmail_lightning.cli import GmailCLI
     from gmail_lightning.datasets import DataError

@@ -31,7 +31,11 @@ class WarmupCosine(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, max_steps: int, warmup_steps: int = 0, cycles: int = 1) -> None:
-        for name, value, least in (("max_steps", max_steps, 1), ("warmup_steps", warmup_steps, 0), ("cycles", cycles, 1)):
+        for name, value, least in (
+            ("max_steps", max_steps, 1),
+            ("warmup_steps", warmup_steps, 0),
+            ("cycles", cycles, 1),
+        ):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
 

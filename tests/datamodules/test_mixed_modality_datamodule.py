@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -409,7 +410,7 @@ def test_the_composition_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptur
     [
         ({"train": []}, {}, DataError, "No training data"),
         ({"max_replaced_fraction": 2.0}, {}, ValueError, "max_replaced_fraction is 2.0"),
-        ({}, {"overfit_batches": 2}, ValueError, "overfit_batches .*limit_train_batches"),
+        ({}, {"overfit_batches": 2}, MisconfigurationException, "overfit_batches .*limit_train_batches"),
         ({"train": pairs()[1:]}, {}, DataError, r"Pictures row \d+ \(key 'one/\d+'\) .* no real row of its pair_id 1"),
         ({"train": [*pairs(), Pictures(0, [104], "again")]}, {}, DataError, "104 .* 'real/4'.*and .* 'again/0'"),
         ({"train": [Pictures(0, [], "none")]}, {}, DataError, "No rows in Pictures"),

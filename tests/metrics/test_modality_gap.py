@@ -40,7 +40,9 @@ def test_linear_probe_equals_ridge_classifier() -> None:
         centred = (x - x.mean(0)).double()
         penalty = 1e-2 * float((centred**2).sum(0).mean())
         model = RidgeClassifier(alpha=penalty).fit(x.double(), y)
-        correct += (model.predict(generated[held].double()) == 1).sum() + (model.predict(real[held].double()) == 0).sum()
+        correct += (model.predict(generated[held].double()) == 1).sum() + (
+            model.predict(real[held].double()) == 0
+        ).sum()
     accuracy = linear_probe_accuracy(generated, real).item()
     assert accuracy == pytest.approx(correct / 120)
     assert 0.6 < accuracy < 1
@@ -63,7 +65,9 @@ def test_metric_joins_pairs_over_batches_and_names_what_is_alone() -> None:
         modality, pair = torch.tensor([rows[i][1] for i in part]), torch.tensor([rows[i][2] for i in part])
         metric.update(features, modality, pair, pair)
     expected = modality_gap(generated, real)
-    assert {k: v.item() for k, v in metric.compute().items()} == {k: pytest.approx(v.item()) for k, v in expected.items()}
+    assert {k: v.item() for k, v in metric.compute().items()} == {
+        k: pytest.approx(v.item()) for k, v in expected.items()
+    }
     metric.update(generated[:1], torch.tensor([1]), torch.tensor([77]), torch.tensor([77]))
     with pytest.raises(ValueError, match="pair_id 77: a generated row without its real row"):
         metric.compute()

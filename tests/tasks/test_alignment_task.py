@@ -106,7 +106,9 @@ def test_every_trainable_tensor_gets_a_gradient(batch: ImageTextBatch, real_path
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_the_frozen_path_is_the_plain_encoder_while_the_task_trains(batch: ImageTextBatch, precision: torch.dtype) -> None:
+def test_the_frozen_path_is_the_plain_encoder_while_the_task_trains(
+    batch: ImageTextBatch, precision: torch.dtype
+) -> None:
     made = task(targets=("q", "k", "v", "out", "fc1", "fc2"))
     torch.manual_seed(0)
     plain = OpenCLIPEncoder(config=TINY, merges="emoji").eval().requires_grad_(False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from gmail_lightning.datamodules import MixedModalityDataModule
@@ -43,7 +43,11 @@ def trainer(tmp_path: Path, **kwargs) -> pl.Trainer:
 
 def test_chunks_give_the_gradients_of_one_pass() -> None:
     torch.manual_seed(0)
-    layer, x, y = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double(), torch.randn(7, 3).double(), torch.rand(7, 1)
+    layer, x, y = (
+        nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double(),
+        torch.randn(7, 3).double(),
+        torch.rand(7, 1),
+    )
 
     def gradients(chunk_size: int | None) -> list[Tensor]:
         layer.zero_grad()

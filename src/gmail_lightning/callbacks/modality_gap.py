@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import functional as F
 
 from gmail_lightning.metrics import ModalityGap
+from gmail_lightning.tasks import BaseTask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ class ModalityGapReport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a run without validation before the first step."""
-        if stage == "fit" and not trainer.fast_dev_run and trainer.num_sanity_val_steps != float("inf"):
+        if stage == "fit" and not cast(Any, trainer).fast_dev_run and trainer.num_sanity_val_steps != float("inf"):
             raise MisconfigurationException(
                 f"ModalityGapReport compares with the state before training: set trainer.num_sanity_val_steps=-1 "
                 f"(got {trainer.num_sanity_val_steps}), or drop the callback."
@@ -64,11 +65,12 @@ class ModalityGapReport(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the pairs of the drawn set while the metric still holds them."""
-        sets = [key.removeprefix("val/") for key in pl_module.metrics if key.startswith("val/")]
+        task = cast(BaseTask, pl_module)
+        sets = [key.removeprefix("val/") for key in task.metrics if key.startswith("val/")]
         name = self.figure_set or sets[0]
         if name not in sets:
             raise MisconfigurationException(f"figure_set={name!r} is no evaluation set; there are {', '.join(sets)}.")
-        gap = pl_module.metrics[f"val/{name}"]["gap"]
+        gap = cast(Any, task.metrics[f"val/{name}"])["gap"]
         if not isinstance(gap, ModalityGap):
             raise MisconfigurationException(f"{type(pl_module).__name__} measures no modality gap.")
         with gap.sync_context():
@@ -81,13 +83,13 @@ class ModalityGapReport(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the values from before the first step, and remembers when the last ones were taken."""
         if trainer.sanity_checking:
-            self.before = {name: dict(values) for name, values in pl_module.results.items()}
+            self.before = {name: dict(values) for name, values in cast(BaseTask, pl_module).results.items()}
         else:
             self._step = trainer.global_step
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the table, draws the figure, writes the JSON file."""
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        if cast(Any, trainer).fast_dev_run or not trainer.is_global_zero:
             return
         if self._step is None or self._before_pairs is None or self._pairs is None:
             rank_zero_warn(
@@ -97,7 +99,7 @@ class ModalityGapReport(Callback):
             return
         if self._step != trainer.global_step:
             rank_zero_warn(f"The last validation was at step {self._step} of {trainer.global_step}.")
-        after = pl_module.results
+        after = cast(BaseTask, pl_module).results
         rank_zero_info(format_table(self.before, after))
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +156,9 @@ def draw(before: Pairs, after: Pairs) -> Figure:
         cosine = generated @ real.T
         off = ~torch.eye(len(cosine), dtype=torch.bool)
         for values, colour, name in ((cosine.diagonal(), "tab:green", "paired"), (cosine[off], "tab:grey", "shuffled")):
-            axes[2].hist(values.tolist(), bins, density=True, histtype="step", color=colour, ls=style, label=f"{name}, {state}")
+            axes[2].hist(
+                values.tolist(), bins, density=True, histtype="step", color=colour, ls=style, label=f"{name}, {state}"
+            )
     axes[2].set(title="cosine of generated and real", xlabel="cosine", ylabel="density")
     axes[2].legend(loc="best", fontsize=8)
     return figure

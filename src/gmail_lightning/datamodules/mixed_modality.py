@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -63,7 +65,7 @@ class MixedModalityDataModule(LightningDataModule):
         num_workers: Worker processes of each loader.
         max_replaced_fraction: Training stops once more than this share of an epoch's rows had to be replaced, since
             their images did not decode.
-        seed: Of the order, the captions drawn and the augmentation.
+        seed: Of the order, the captions drawn and the augmentation; by default that of ``seed_everything``, else 0.
         input_spec: For use without a task.
     """
 
@@ -81,7 +83,7 @@ class MixedModalityDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         max_replaced_fraction: float = 0.01,
-        seed: int = 0,
+        seed: int | None = None,
         input_spec: InputSpec | None = None,
     ) -> None:
         super().__init__()
@@ -96,7 +98,8 @@ class MixedModalityDataModule(LightningDataModule):
         self.generated_fraction = generated_fraction
         self.augmentation = _as_module(augmentation)
         self.generated_augmentation = _as_module(generated_augmentation)
-        self.num_workers, self.max_replaced_fraction, self.seed = num_workers, max_replaced_fraction, seed
+        self.num_workers, self.max_replaced_fraction = num_workers, max_replaced_fraction
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.input_spec = input_spec
         self._sampler: MixedModalitySampler | None = None
         self._progress = _fresh_progress()
@@ -109,7 +112,7 @@ class MixedModalityDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Reads what the task asks for, and puts the training data sets end to end."""
         if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise ValueError(
+            raise MisconfigurationException(
                 "overfit_batches would replace the sampler that keeps pairs and shares together. To train on a few "
                 "batches over and over, set trainer.limit_train_batches and limit the data sets instead."
             )

@@ -66,12 +66,16 @@ def modality_gap(
         ValueError: If the shapes differ or a feature is not finite.
     """
     if generated.shape != real.shape:
-        raise ValueError(f"Expected as many generated as real rows, got {tuple(generated.shape)} and {tuple(real.shape)}.")
+        raise ValueError(
+            f"Expected as many generated as real rows, got {tuple(generated.shape)} and {tuple(real.shape)}."
+        )
     g, r = F.normalize(generated.float(), dim=-1), F.normalize(real.float(), dim=-1)
     ids = torch.arange(len(g), device=g.device) if ids is None else ids
     _, index = torch.unique(ids, return_inverse=True)
     num = int(index.max()) + 1
-    first = torch.full((num,), len(g), device=g.device).scatter_reduce(0, index, torch.arange(len(g), device=g.device), "amin")
+    first = torch.full((num,), len(g), device=g.device).scatter_reduce(
+        0, index, torch.arange(len(g), device=g.device), "amin"
+    )
     recall = image_text_recall(r[first], g, index, ks)
 
     paired = (g * r).sum(dim=1)
@@ -127,7 +131,9 @@ class ModalityGap(Metric):
         pair_id, image_id = dim_zero_cat(self.pair_id), dim_zero_cat(self.image_id)
         real, generated = (modality == 0).nonzero()[:, 0], (modality == 1).nonzero()[:, 0]
         if len(real) == 0 or len(generated) == 0:
-            raise ValueError(f"The gap needs both modalities, got {len(generated)} generated and {len(real)} real rows.")
+            raise ValueError(
+                f"The gap needs both modalities, got {len(generated)} generated and {len(real)} real rows."
+            )
         real = real[pair_id[real].argsort(stable=True)]
         generated = generated[pair_id[generated].argsort(stable=True)]
         keys = pair_id[real].contiguous()

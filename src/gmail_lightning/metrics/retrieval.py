@@ -74,14 +74,14 @@ def image_text_recall(
     if owner.shape != (len(text),):
         raise ValueError(f"text_image_index: expected shape ({len(text)},), one per text, got {tuple(owner.shape)}.")
     if owner.min() < 0 or owner.max() >= len(image):
-        raise ValueError(f"text_image_index: values in [{owner.min()}, {owner.max()}], but there are {len(image)} images.")
+        raise ValueError(
+            f"text_image_index: values in [{owner.min()}, {owner.max()}], but there are {len(image)} images."
+        )
     without = len(image) - len(owner.unique())
     if without:
         raise ValueError(f"text_image_index: {without} of {len(image)} images have no text.")
     i2t, t2i = _ranks(image, text, owner)
-    return {
-        f"{name}_R@{k}": (rank < k).float().mean() for name, rank in (("i2t", i2t), ("t2i", t2i)) for k in ks
-    }
+    return {f"{name}_R@{k}": (rank < k).float().mean() for name, rank in (("i2t", i2t), ("t2i", t2i)) for k in ks}
 
 
 class ImageTextRecall(Metric):
@@ -114,7 +114,9 @@ class ImageTextRecall(Metric):
         text_ids = dim_zero_cat(self.text_image_id)
         index = torch.searchsorted(ids, text_ids).clamp(max=len(ids) - 1)
         if (ids[index] != text_ids).any():
-            raise ValueError(f"A text belongs to image_id {int(text_ids[ids[index] != text_ids][0])}, which never came.")
+            raise ValueError(
+                f"A text belongs to image_id {int(text_ids[ids[index] != text_ids][0])}, which never came."
+            )
         features = dim_zero_cat(self.image_features)[order]
         recall = image_text_recall(features, dim_zero_cat(self.text_features), index, self.ks)
         return {self.prefix + name: value for name, value in recall.items()}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -52,6 +52,7 @@ class AlignmentTask(BaseTask):
     """
 
     batch_contrastive = True
+    encoder: ModalityEncoder
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class AlignmentTask(BaseTask):
         if self.encoder.real_path == "frozen":
             real = real.detach()  # no gradient, hence no collective in the backward
 
-        terms = {
+        terms: dict[str, Callable[[], Tensor]] = {
             "alignment": lambda: self._alignment(generated, real, ids),
             "cosine": lambda: 1.0 - F.cosine_similarity(generated.float(), real.float()).mean(),
             "generated_text": lambda: self._text_term(generated, batch["text"][is_generated], ids),
@@ -147,7 +148,7 @@ class AlignmentTask(BaseTask):
         recall = {name: ImageTextRecall(prefix=f"{name}_") for name in ("real", "generated")}
         return {"gap": ModalityGap(), **(recall if self.has_text else {})}
 
-    def update_metrics(self, metrics: nn.ModuleDict, batch: ImageTextBatch) -> None:
+    def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
         """Real rows go through the real path, generated rows through the adapted branch."""
         features = self.encoder.encode_image(batch["image"], batch["modality"])
         modality = batch["modality"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -103,7 +103,7 @@ class BaseTask(LightningModule, ABC):
         """Fresh metrics for one evaluation set; the values of all are logged under ``<stage>/<set>/``."""
         return {}
 
-    def update_metrics(self, metrics: nn.ModuleDict, batch: ImageTextBatch) -> None:
+    def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
         """Adds one evaluation batch to the metrics of its set."""
         raise NotImplementedError(f"{type(self).__name__} defines no update_metrics.")
 
@@ -117,16 +117,23 @@ class BaseTask(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Refuses settings that would train silently wrong, and builds the metrics of the evaluation sets."""
         trainer = self.trainer
-        if stage == "fit" and self.batch_contrastive and not self.allow_small_negatives:
-            if trainer.accumulate_grad_batches != 1:
-                raise MisconfigurationException(
-                    f"accumulate_grad_batches={trainer.accumulate_grad_batches} gives a batch-contrastive loss no "
-                    "further negatives. Raise batch_size and set contrastive_chunk_size to fit it into memory, or set "
-                    "allow_small_negatives=True to accept the smaller batch."
-                )
+        accumulate = trainer.accumulate_grad_batches
+        if stage == "fit" and self.batch_contrastive and accumulate != 1 and not self.allow_small_negatives:
+            raise MisconfigurationException(
+                f"accumulate_grad_batches={accumulate} gives a batch-contrastive loss no further negatives. Raise "
+                "batch_size and set contrastive_chunk_size to fit it into memory, or set allow_small_negatives=True to "
+                "accept the smaller batch."
+            )
         adapted = any(is_adapter_key(key) for key in self.state_dict())
-        if adapted and trainer.precision in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
-            raise MisconfigurationException(f"precision={trainer.precision!r}: adapted weights are held in fp32; use bf16-mixed.")
+        if adapted and trainer.precision in (
+            "bf16-true",
+            "16-true",
+            "transformer-engine",
+            "transformer-engine-float16",
+        ):
+            raise MisconfigurationException(
+                f"precision={trainer.precision!r}: adapted weights are held in fp32; use bf16-mixed."
+            )
         # Frozen towers have constant buffers; leaving them out keeps evaluation steps free of collectives under DDP.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         if stage != "predict":
@@ -139,7 +146,7 @@ class BaseTask(LightningModule, ABC):
         losses = self.compute_losses(batch)
         if "replaced" in batch:
             self._replaced = self._replaced + batch["replaced"].sum()
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
             if not torch.isfinite(losses["loss"]):
                 terms = ", ".join(f"{k}={v.item():.4g}" for k, v in losses.items())
                 raise RuntimeError(f"The loss is not finite at step {self.trainer.global_step}: {terms}.")
@@ -153,7 +160,7 @@ class BaseTask(LightningModule, ABC):
         return self._step(batch, "train")
 
     def validation_step(self, batch: ImageTextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds a batch to the metrics of its set; issues no collective, so ranks may have unequal numbers of batches."""
+        """Adds a batch to the metrics of its set; no collective, so ranks may have unequal numbers of batches."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: ImageTextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -162,7 +169,7 @@ class BaseTask(LightningModule, ABC):
 
     def _evaluate(self, batch: ImageTextBatch, stage: str) -> None:
         metrics = self.metrics[f"{stage}/{batch.get('eval_set', 'eval')}".replace(".", "_")]
-        self.update_metrics(metrics, batch)  # type: ignore[arg-type]
+        self.update_metrics(cast(Any, metrics), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Computes and logs the metrics of every set."""
@@ -177,7 +184,7 @@ class BaseTask(LightningModule, ABC):
             if not key.startswith(f"{stage}/"):
                 continue
             values: dict[str, Tensor] = {}
-            for metric in metrics.children():
+            for metric in cast(list[Metric], list(metrics.children())):
                 values.update(metric.compute())
                 metric.reset()
             self.results[key.removeprefix(f"{stage}/")] = {k: float(v) for k, v in values.items()}
@@ -191,9 +198,10 @@ class BaseTask(LightningModule, ABC):
         self._gradients_checked = True
         without = [name for name, p in self.named_parameters() if p.requires_grad and p.grad is None]
         if without:
+            names = ", ".join(without[:8]) + (" ..." if len(without) > 8 else "")
             raise RuntimeError(
-                f"{len(without)} trainable tensors got no gradient: {', '.join(without[:8])}{' ...' if len(without) > 8 else ''}."
-                " Freeze them with requires_grad_(False), or let a loss reach them."
+                f"{len(without)} trainable tensors got no gradient: {names}. Freeze them with requires_grad_(False), or "
+                "let a loss reach them."
             )
 
     def configure_optimizers(self) -> Any:
@@ -208,7 +216,9 @@ class BaseTask(LightningModule, ABC):
         elif self.trainer.max_steps > 0:
             schedule = WarmupCosine(optimizer, self.trainer.max_steps, self.warmup_steps)
         elif self.warmup_steps:
-            raise MisconfigurationException(f"warmup_steps={self.warmup_steps} needs trainer.max_steps, which is not set.")
+            raise MisconfigurationException(
+                f"warmup_steps={self.warmup_steps} needs trainer.max_steps, which is not set."
+            )
         else:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -223,7 +233,11 @@ class BaseTask(LightningModule, ABC):
         """
         frame = inspect.currentframe()
         frame = frame.f_back if frame else None
-        live = [] if _given_hyperparameters.get() else [k for k, v in (frame.f_locals if frame else {}).items() if not _is_plain(v)]
+        live = (
+            []
+            if _given_hyperparameters.get()
+            else [k for k, v in (frame.f_locals if frame else {}).items() if not _is_plain(v)]
+        )
         self.save_hyperparameters(ignore=live, frame=frame)
 
     def _kept_keys(self) -> set[str]:
@@ -254,8 +268,8 @@ class BaseTask(LightningModule, ABC):
         if kept != given:
             missing, unknown = sorted(kept - given)[:5], sorted(given - kept)[:5]
             raise ValueError(
-                f"The checkpoint does not fit {type(self).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}. "
-                "Were rank, targets or projection changed?"
+                f"The checkpoint does not fit {type(self).__name__}: missing {missing or 'nothing'}, unknown "
+                f"{unknown or 'nothing'}. Were rank, targets or projection changed?"
             )
         recorded = checkpoint.get("base_fingerprint")
         if recorded is None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from gmail_lightning.losses import clip_loss, sigmoid_loss
@@ -68,7 +71,7 @@ class RetrievalTask(BaseTask):
         """Recall both ways."""
         return {"recall": ImageTextRecall()}
 
-    def update_metrics(self, metrics: nn.ModuleDict, batch: ImageTextBatch) -> None:
+    def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
         """Adds images and all their captions."""
         ids, owner = batch["row_id"], batch["text_row"]
         image_features = self.encoder.encode_image(batch["image"])

@@ -1,8 +1,8 @@
 """Cuts CLIP's byte-pair merges down to those that the emoji captions use; run once, at development time.
 
-Encoding a text applies, again and again, the merge of lowest rank that fits. Keeping the merges that the captions use, in
-their order, gives the captions the same pieces as the whole table does; words outside fall back to smaller pieces, so no
-text is unknown. The file has the form that ``open_clip.tokenizer.SimpleTokenizer(bpe_path=...)`` reads.
+Encoding a text applies, again and again, the merge of lowest rank that fits. Keeping the merges that the captions use,
+in their order, gives the captions the same pieces as the whole table does; words outside fall back to smaller pieces,
+so no text is unknown. The file has the form that ``open_clip.tokenizer.SimpleTokenizer(bpe_path=...)`` reads.
 
     python -m gmail_lightning.datasets.emoji_pack.build_merges
 """

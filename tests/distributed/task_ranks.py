@@ -1,0 +1,66 @@
+"""Aligns for three steps and validates, on the number of processes given; rank 0 saves what came out.
+
+python task_ranks.py DEVICES FOLDER
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from gmail_lightning.datamodules import MixedModalityDataModule
+from gmail_lightning.datasets import EmojiDataset
+from gmail_lightning.models import OpenCLIPEncoder
+from gmail_lightning.tasks import AlignmentTask
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 6348, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+class Counting(AlignmentTask):
+    """Counts the collectives of each evaluation step, and notes the rows that came."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.seen = [*getattr(self, "seen", []), *batch["sample_key"]]
+        calls, originals = [], {}
+        for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "barrier"):
+            originals[name] = getattr(dist, name)
+            setattr(dist, name, lambda *a, _name=name, **k: calls.append(_name))
+        try:
+            super().validation_step(batch, batch_idx, dataloader_idx)
+        finally:
+            for name, function in originals.items():
+                setattr(dist, name, function)
+        self.collectives = getattr(self, "collectives", 0) + len(calls)
+
+
+def main(devices: int, folder: Path) -> None:
+    pl.seed_everything(0)
+    task = Counting(OpenCLIPEncoder(config=TINY, merges="emoji"), targets=("q", "v", "fc1"), generated_text_weight=0.5)
+    sets = {name: [EmojiDataset(hand, name) for hand in ("noto", "fluent_flat")] for name in ("paired", "novel")}
+    data = MixedModalityDataModule(
+        train=sets["paired"], val={"novel": sets["novel"]}, batch_size=32 // devices, eval_batch_size=50
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=3, max_epochs=-1,
+        val_check_interval=3, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(task, data)
+    torch.save(task.seen, folder / f"seen-{devices}-{trainer.global_rank}.pt")
+    if trainer.is_global_zero:
+        weights = {name: p.detach() for name, p in task.named_parameters() if p.requires_grad}
+        out = {"weights": weights, "results": task.results["novel"], "collectives": task.collectives}
+        torch.save(out, folder / f"{devices}.pt")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
