@@ -47,16 +47,16 @@ class Trivial(ImageTextDataset):
         self.keys = [f"{self.name}/{i}" for i in range(ROWS)]
         self.texts = [[f"caption {i}"] for i in range(ROWS)]
 
-    def read_image(self, index: int) -> Tensor:  # noqa: D102
+    def read_image(self, index: int) -> Tensor:
         raise NotImplementedError
 
-    def captions(self, index: int) -> list[str]:  # noqa: D102
+    def captions(self, index: int) -> list[str]:
         return self.texts[index]
 
-    def sample_key(self, index: int) -> str:  # noqa: D102
+    def sample_key(self, index: int) -> str:
         return self.keys[index]
 
-    def source(self, index: int) -> str:  # noqa: D102
+    def source(self, index: int) -> str:
         return self.name
 
 

@@ -114,11 +114,13 @@ class ModalityGapReport(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state before training, so that a resumed run compares with the true beginning."""
-        return {"before": self.before, "pairs": self._before_pairs}
+        pairs = self._before_pairs
+        return {"before": self.before, "pairs": None if pairs is None else [x.half() for x in pairs]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See ``state_dict``."""
-        self.before, self._before_pairs = state_dict["before"], state_dict["pairs"]
+        self.before, pairs = state_dict["before"], state_dict["pairs"]
+        self._before_pairs = None if pairs is None else (pairs[0].float(), pairs[1].float())
 
 
 def format_table(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> str:

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from gmail_lightning.losses import alignment_loss, clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall, ModalityGap
 from gmail_lightning.models import DualEncoder, ImageEncoder, ModalityEncoder
-from gmail_lightning.tasks.base import BaseTask, in_chunks
+from gmail_lightning.tasks.base import BaseTask, in_chunks, paired_rows
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
 
@@ -111,11 +111,8 @@ class AlignmentTask(BaseTask):
         features = in_chunks(
             self.encoder.encode_image, batch["image"], batch["modality"], chunk_size=self.contrastive_chunk_size
         )
-        is_generated = batch["modality"] == Modality.GENERATED
-        generated, real = features[is_generated], features[~is_generated]
-        ids = batch["image_id"][~is_generated]
-        if not torch.equal(batch["pair_id"][is_generated], batch["pair_id"][~is_generated]):
-            raise ValueError("The batch is not made of pairs: use MixedModalityDataModule(mode='paired').")
+        is_generated, is_real = paired_rows(batch)
+        generated, real, ids = features[is_generated], features[is_real], batch["image_id"][is_real]
         if self.encoder.real_path == "frozen":
             real = real.detach()  # no gradient, hence no collective in the backward
 
@@ -123,7 +120,7 @@ class AlignmentTask(BaseTask):
             "alignment": lambda: self._alignment(generated, real, ids),
             "cosine": lambda: 1.0 - F.cosine_similarity(generated.float(), real.float()).mean(),
             "generated_text": lambda: self._text_term(generated, batch["text"][is_generated], ids),
-            "real_text": lambda: self._text_term(real, batch["text"][~is_generated], ids),
+            "real_text": lambda: self._text_term(real, batch["text"][is_real], ids),
         }
         losses = {name: terms[name]() for name, weight in self.weights.items() if weight}
         total = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()

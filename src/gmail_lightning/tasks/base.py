@@ -21,7 +21,7 @@ from gmail_lightning.models.base import ImageEncoder
 from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
 from gmail_lightning.models.modality import is_adapter_key
 from gmail_lightning.optim import WarmupCosine, parameter_groups
-from gmail_lightning.types import ImageTextBatch, InputSpec
+from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
 PLAIN = (str, int, float, bool, type(None))
 
@@ -49,6 +49,18 @@ def in_chunks(encode: Callable[..., Tensor], *rows: Tensor, chunk_size: int | No
         return encode(*rows)
     pieces = zip(*(r.split(chunk_size) for r in rows), strict=True)
     return torch.cat([checkpoint(encode, *piece, use_reentrant=False) for piece in pieces])
+
+
+def paired_rows(batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
+    """Masks (B,) of the generated and the real rows of a batch of pairs, pair by pair in the same order.
+
+    Raises:
+        ValueError: If the batch is not made of pairs.
+    """
+    generated = batch["modality"] == Modality.GENERATED
+    if not torch.equal(batch["pair_id"][generated], batch["pair_id"][~generated]):
+        raise ValueError("The batch is not made of pairs: use MixedModalityDataModule(mode='paired').")
+    return generated, ~generated
 
 
 class BaseTask(LightningModule, ABC):
@@ -200,8 +212,8 @@ class BaseTask(LightningModule, ABC):
         if without:
             names = ", ".join(without[:8]) + (" ..." if len(without) > 8 else "")
             raise RuntimeError(
-                f"{len(without)} trainable tensors got no gradient: {names}. Freeze them with requires_grad_(False), or "
-                "let a loss reach them."
+                f"{len(without)} trainable tensors got no gradient: {names}. "
+                "Freeze them with requires_grad_(False), or let a loss reach them."
             )
 
     def configure_optimizers(self) -> Any:

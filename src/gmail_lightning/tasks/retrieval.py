@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from gmail_lightning.losses import clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall
 from gmail_lightning.models import DualEncoder
-from gmail_lightning.tasks.base import BaseTask, in_chunks
+from gmail_lightning.tasks.base import BaseTask, in_chunks, paired_rows
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
 
@@ -25,6 +25,8 @@ class RetrievalTask(BaseTask):
     Args:
         encoder: Dual encoder; what requires a gradient is trained.
         max_logit_scale: Cap of the logit scale in the loss (CLIP, section 2.5).
+        image_weight: Weight of the contrast between the two images of a pair, in both directions at the same scale
+            (as SLIP, arXiv 2112.12750, contrasts two views); needs ``mode: paired``.
         contrastive_chunk_size: Encode the batch in chunks of this many rows, with the exact gradients of one batch.
         optimizer: See ``BaseTask``.
         scheduler: See ``BaseTask``.
@@ -39,6 +41,7 @@ class RetrievalTask(BaseTask):
         self,
         encoder: DualEncoder,
         max_logit_scale: float = 100.0,
+        image_weight: float = 0.0,
         contrastive_chunk_size: int | None = None,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
@@ -47,7 +50,7 @@ class RetrievalTask(BaseTask):
     ) -> None:
         super().__init__(optimizer, scheduler, warmup_steps, allow_small_negatives)
         self.record_hyperparameters()
-        self.encoder, self.max_logit_scale = encoder, max_logit_scale
+        self.encoder, self.max_logit_scale, self.image_weight = encoder, max_logit_scale, image_weight
         self.contrastive_chunk_size = contrastive_chunk_size
 
     @property
@@ -56,16 +59,22 @@ class RetrievalTask(BaseTask):
         return InputSpec(image=self.encoder.image_spec, texts={"text": self.encoder.text_spec})
 
     def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
-        """The contrastive loss and the logit scale."""
+        """The contrastive terms and the logit scale."""
         chunk = self.contrastive_chunk_size
         image_features = in_chunks(self.encoder.encode_image, batch["image"], chunk_size=chunk)
         text_features = in_chunks(self.encoder.encode_text, batch["text"], chunk_size=chunk)
         scale, bias = self.encoder.logit_scale.clamp(max=self.max_logit_scale), self.encoder.logit_bias
+        ids = batch["image_id"]
         if bias is None:
-            loss = clip_loss(image_features, text_features, scale, ids=batch["image_id"])
+            text_loss = clip_loss(image_features, text_features, scale, ids=ids)
         else:
-            loss = sigmoid_loss(image_features, text_features, scale, bias, ids=batch["image_id"])
-        return {"loss": loss, "logit_scale": scale}
+            text_loss = sigmoid_loss(image_features, text_features, scale, bias, ids=ids)
+        losses = {"text": text_loss, "logit_scale": scale}
+        if not self.image_weight:
+            return {"loss": text_loss, **losses}
+        generated, real = paired_rows(batch)
+        losses["image"] = clip_loss(image_features[generated], image_features[real], scale, ids=ids[real])
+        return {"loss": text_loss + self.image_weight * losses["image"], **losses}
 
     def build_metrics(self) -> dict[str, Metric]:
         """Recall both ways."""
