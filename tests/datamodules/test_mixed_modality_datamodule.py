@@ -322,6 +322,10 @@ def test_too_many_broken_images_stop_the_training(tmp_path: Path) -> None:
 class TwoCaptions(Pictures):
     """One caption a row, the two rows of a picture far apart."""
 
+    def __init__(self, modality: int, pair_id: list[int], name: str) -> None:
+        super().__init__(modality, pair_id, name)
+        self.image_id = self.picture() + 50
+
     def picture(self) -> np.ndarray:
         return np.arange(len(self)) % 5
 
@@ -333,15 +337,18 @@ class TwoCaptions(Pictures):
 def test_evaluation_shows_each_picture_once_with_all_captions(tmp_path: Path, workers: int) -> None:
     sets = {"x": [TwoCaptions(0, list(range(10)), "r"), Pictures(1, [7, 8], "g")], "y": [Pictures(0, [1], "s")]}
     module = datamodule(val=sets, eval_batch_size=3, num_workers=workers)
-    assert module.eval_sets == ["x", "y"]
+    assert module.eval_sets == {"val": ["x", "y"], "test": ["x", "y"]}
     task = Recorder()
     trainer(tmp_path).validate(task, module, verbose=False)
     assert [batch["eval_set"] for batch in task.evaluated] == ["x", "x", "x", "y"]
     keys = [key for batch in task.evaluated for key in batch["sample_key"]]
-    assert keys == ["r/0", "r/1", "r/2", "r/3", "r/4", "g/0", "g/1", "s/0"]
-    references = [captions for batch in task.evaluated for captions in batch["references"]]
-    assert references[:5] == [[f"caption {i}", f"caption {i + 5}"] for i in range(5)]
-    assert references[5:] == [["7 a", "7 b"], ["8 a", "8 b"], ["1 a", "1 b"]]
+    # Rows 7 and 8 are second captions of pictures 2 and 3: their generated images go by these pictures' id.
+    assert keys == ["r/0", "r/1", "r/2", "g/0", "r/3", "g/1", "r/4", "s/0"]
+    ids = [i for batch in task.evaluated[:3] for i in batch["image_id"].tolist()]
+    assert ids == [50, 51, 52, 52, 53, 53, 54]
+    references = dict(zip(keys, (c for batch in task.evaluated for c in batch["references"]), strict=True))
+    assert all(references[f"r/{i}"] == [f"caption {i}", f"caption {i + 5}"] for i in range(5))
+    assert [references[key] for key in ("g/0", "g/1", "s/0")] == [["7 a", "7 b"], ["8 a", "8 b"], ["1 a", "1 b"]]
     assert [row for batch in task.evaluated[:3] for row in batch["row_id"].tolist()] == list(range(7))
     for batch in task.evaluated:
         flat = [(row, text) for row, captions in enumerate(batch["references"]) for text in captions]
@@ -369,7 +376,7 @@ def test_evaluation_ranks_share_the_pictures_without_repetition(world: int) -> N
 def test_test_and_predict_under_a_trainer(tmp_path: Path) -> None:
     task = Recorder(NO_PIXELS)
     module = datamodule(test={"z": pairs(3)}, predict=pairs(4)[0])
-    assert module.eval_sets == ["held out", "z"]
+    assert module.eval_sets == {"val": ["held out"], "test": ["z"]}
     trainer(tmp_path).test(task, module, verbose=False)
     assert {batch["eval_set"] for batch in task.evaluated} == {"z"}
     task.evaluated.clear()
@@ -392,7 +399,9 @@ def test_labels_are_there_where_one_data_set_has_them() -> None:
     module = datamodule(val={"a": [emoji, *pairs(2)]}, input_spec=NO_PIXELS, eval_batch_size=1000)
     (batch,) = module.val_dataloader()[0]
     assert emoji.label is not None
-    assert batch["label"].tolist() == [*emoji.label.tolist(), *[-1] * 6]
+    labels = dict(zip(batch["sample_key"], batch["label"].tolist(), strict=True))
+    expected = {emoji.sample_key(i): int(emoji.label[i]) for i in range(len(emoji))}
+    assert labels == {**expected, **{data.sample_key(i): -1 for data in pairs(2) for i in range(2)}}
     assert batch["source"][0] == "real"
 
 

@@ -62,12 +62,26 @@ def test_metric_joins_pairs_over_batches_and_names_what_is_alone() -> None:
     rows = [(generated[i], 1, i) for i in range(9)] + [(real[i], 0, i) for i in range(9)]
     for part in torch.randperm(18).split(5):
         features = torch.stack([rows[i][0] for i in part])
-        modality, pair = torch.tensor([rows[i][1] for i in part]), torch.tensor([rows[i][2] for i in part])
-        metric.update(features, modality, pair, pair)
+        modality, ids = torch.tensor([rows[i][1] for i in part]), torch.tensor([rows[i][2] for i in part])
+        metric.update(features, modality, ids)
     expected = modality_gap(generated, real)
     assert {k: v.item() for k, v in metric.compute().items()} == {
         k: pytest.approx(v.item()) for k, v in expected.items()
     }
-    metric.update(generated[:1], torch.tensor([1]), torch.tensor([77]), torch.tensor([77]))
-    with pytest.raises(ValueError, match="pair_id 77: a generated row without its real row"):
+    metric.update(generated[:1], torch.tensor([1]), torch.tensor([77]))
+    with pytest.raises(ValueError, match="1 generated rows have no real row of their image_id .* 77"):
+        metric.compute()
+
+
+def test_metric_takes_several_generated_rows_of_one_image() -> None:
+    torch.manual_seed(0)
+    real, generated = torch.randn(5, 4), torch.randn(10, 4)
+    metric, ids = ModalityGap(), torch.arange(5).repeat(2)
+    metric.update(torch.cat([generated, real]), torch.tensor([1] * 10 + [0] * 5), torch.cat([ids, torch.arange(5)]))
+    expected = modality_gap(generated, real[ids], ids=ids)
+    for name, value in metric.compute().items():
+        if name != "probe_accuracy":  # its folds depend on the order of the rows
+            assert value.item() == pytest.approx(expected[name].item(), abs=1e-6)
+    metric.update(real[:1], torch.tensor([0]), torch.tensor([3]))
+    with pytest.raises(ValueError, match="image_id 3 has more than one real row"):
         metric.compute()

@@ -105,9 +105,9 @@ class MixedModalityDataModule(LightningDataModule):
         self._progress = _fresh_progress()
 
     @property
-    def eval_sets(self) -> list[str]:
-        """Names of the evaluation sets, those of ``val`` first."""
-        return list(self.evaluation["val"] | self.evaluation["test"])
+    def eval_sets(self) -> dict[str, list[str]]:
+        """Names of the evaluation sets of ``val`` and of ``test``."""
+        return {stage: list(sets) for stage, sets in self.evaluation.items()}
 
     def setup(self, stage: str) -> None:
         """Reads what the task asks for, and puts the training data sets end to end."""

@@ -126,8 +126,23 @@ class TrainRows(Dataset[ImageTextBatch]):
                         )
 
 
+def adopt_real_ids(table: RowTable) -> None:
+    """Gives every generated row the ``image_id`` of the real row of its ``pair_id``, where there is one."""
+    real = np.flatnonzero((table.modality == Modality.REAL) & (table.pair_id >= 0))
+    generated = np.flatnonzero((table.modality == Modality.GENERATED) & (table.pair_id >= 0))
+    if len(real) == 0 or len(generated) == 0:
+        return
+    real = real[np.argsort(table.pair_id[real], kind="stable")]
+    at = np.searchsorted(table.pair_id[real], table.pair_id[generated]).clip(max=len(real) - 1)
+    known = table.pair_id[real[at]] == table.pair_id[generated]
+    table.image_id[generated[known]] = table.image_id[real[at[known]]]
+
+
 class EvaluationRows(Dataset[ImageTextBatch]):
     """Each image once, with all its captions: rows of one file within a data set become one.
+
+    A generated row goes by the ``image_id`` of the real row of its pair, and the rows of an image are neighbours, so
+    that an evaluation cut short still holds pairs. In prediction the order is that of the data sets.
 
     Args:
         table: All rows of the set.
@@ -144,6 +159,10 @@ class EvaluationRows(Dataset[ImageTextBatch]):
         self.first, count = np.unique(np.concatenate(first), return_counts=True)
         self.rows = np.argsort(np.concatenate(first), kind="stable")
         self.starts = np.concatenate([[0], np.cumsum(count)])
+        self.order = np.arange(len(self.first))
+        if eval_set is not None:
+            adopt_real_ids(table)
+            self.order = np.argsort(table.image_id[self.first], kind="stable")
 
     def __len__(self) -> int:
         return len(self.first)
@@ -157,10 +176,11 @@ class EvaluationRows(Dataset[ImageTextBatch]):
         Raises:
             ImageDecodeError: If an image does not decode; nothing stands in for it here.
         """
-        index = self.first[items]
+        groups = self.order[items]
+        index = self.first[groups]
         rows = [self.table.locate(i) for i in index.tolist()]
         references: list[list[str]] = []
-        for item in items:
+        for item in groups:
             members = self.rows[self.starts[item] : self.starts[item + 1]].tolist()
             located = [self.table.locate(i) for i in members]
             references.append([caption for dataset, row in located for caption in dataset.captions(row)])

@@ -97,53 +97,54 @@ def modality_gap(
 
 
 class ModalityGap(Metric):
-    """``modality_gap`` over batches and ranks; rows come in any order and are joined by ``pair_id``.
+    """``modality_gap`` over batches and ranks; rows come in any order and are joined by ``image_id``.
 
-    A generated row finds its real row by ``pair_id``; several generated rows may share one.
+    Several generated rows may share one real image; the real image comes once.
     """
 
     full_state_update = False
     features: list[Tensor]
     modality: list[Tensor]
-    pair_id: list[Tensor]
     image_id: list[Tensor]
 
     def __init__(self, ks: Sequence[int] = (1, 5, 10)) -> None:
         super().__init__()
         self.ks = tuple(ks)
-        for name in ("features", "modality", "pair_id", "image_id"):
+        for name in ("features", "modality", "image_id"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, features: Tensor, modality: Tensor, pair_id: Tensor, image_id: Tensor) -> None:
-        """Adds rows: features (B, D), modality, pair_id and image_id (B,)."""
+    def update(self, features: Tensor, modality: Tensor, image_id: Tensor) -> None:
+        """Adds rows: features (B, D), modality and image_id (B,)."""
         self.features.append(features.detach().float())
         self.modality.append(modality)
-        self.pair_id.append(pair_id)
         self.image_id.append(image_id)
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Joined rows: generated (N, D), real (N, D), image_id (N,), in the order of ``pair_id``.
+        """Joined rows: generated (N, D), real (N, D), image_id (N,), in the order of ``image_id``.
 
         Raises:
-            ValueError: If a generated row has no real row of its ``pair_id``, or a real row came twice.
+            ValueError: If a modality is missing, a generated row has no real image, or a real image came twice.
         """
-        features, modality = dim_zero_cat(self.features), dim_zero_cat(self.modality)
-        pair_id, image_id = dim_zero_cat(self.pair_id), dim_zero_cat(self.image_id)
+        features, modality, image_id = (dim_zero_cat(x) for x in (self.features, self.modality, self.image_id))
         real, generated = (modality == 0).nonzero()[:, 0], (modality == 1).nonzero()[:, 0]
         if len(real) == 0 or len(generated) == 0:
             raise ValueError(
-                f"The gap needs both modalities, got {len(generated)} generated and {len(real)} real rows."
+                f"The gap needs both modalities, got {len(generated)} generated and {len(real)} real rows. Give the "
+                "evaluation set real and generated data sets, and do not cut it short by limit_val_batches."
             )
-        real = real[pair_id[real].argsort(stable=True)]
-        generated = generated[pair_id[generated].argsort(stable=True)]
-        keys = pair_id[real].contiguous()
+        real = real[image_id[real].argsort(stable=True)]
+        generated = generated[image_id[generated].argsort(stable=True)]
+        keys = image_id[real].contiguous()
         if (keys[1:] == keys[:-1]).any():
-            raise ValueError(f"pair_id {int(keys[1:][keys[1:] == keys[:-1]][0])} has more than one real row.")
-        index = torch.searchsorted(keys, pair_id[generated].contiguous()).clamp(max=len(keys) - 1)
-        alone = keys[index] != pair_id[generated]
+            raise ValueError(f"image_id {int(keys[1:][keys[1:] == keys[:-1]][0])} has more than one real row.")
+        index = torch.searchsorted(keys, image_id[generated].contiguous()).clamp(max=len(keys) - 1)
+        alone = keys[index] != image_id[generated]
         if alone.any():
-            raise ValueError(f"pair_id {int(pair_id[generated][alone][0])}: a generated row without its real row.")
-        return features[generated], features[real[index]], image_id[real[index]]
+            raise ValueError(
+                f"{int(alone.sum())} generated rows have no real row of their image_id in this evaluation, the first "
+                f"is {int(image_id[generated][alone][0])}."
+            )
+        return features[generated], features[real[index]], keys[index]
 
     def compute(self) -> dict[str, Tensor]:
         """See ``modality_gap``."""

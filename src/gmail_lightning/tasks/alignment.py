@@ -149,7 +149,7 @@ class AlignmentTask(BaseTask):
         """Real rows go through the real path, generated rows through the adapted branch."""
         features = self.encoder.encode_image(batch["image"], batch["modality"])
         modality = batch["modality"]
-        metrics["gap"].update(features, modality, batch["pair_id"], batch["image_id"])
+        metrics["gap"].update(features, modality, batch["image_id"])
         if not self.has_text:
             return
         text_features, owner = self.encoder.encode_text(batch["text"]), batch["text_row"]

@@ -150,7 +150,7 @@ class BaseTask(LightningModule, ABC):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         if stage != "predict":
             verb = "test" if stage == "test" else "val"
-            names = getattr(getattr(trainer, "datamodule", None), "eval_sets", None) or ["eval"]
+            names = getattr(getattr(trainer, "datamodule", None), "eval_sets", {}).get(verb) or ["eval"]
             for name in names:
                 self.metrics[f"{verb}/{name}".replace(".", "_")] = nn.ModuleDict(self.build_metrics())
 
