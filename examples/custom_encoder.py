@@ -12,10 +12,14 @@ from gmail_lightning.models.lora import block_targets
 from gmail_lightning.types import ImageSpec, TextSpec
 
 
+def encode_bytes(texts: list[str]) -> Tensor:
+    return torch.tensor([[*text.encode()[:24].ljust(24)] for text in texts])
+
+
 class BagOfBytesCLIP(DualEncoder):
     pretrained = True  # evaluation refuses an encoder of random weights; these stand for yours
     image_spec = ImageSpec(size=(64, 64))
-    text_spec = TextSpec(lambda texts: torch.tensor([[*t.encode()[:24].ljust(24)] for t in texts]), context_length=24)
+    text_spec = TextSpec(encode_bytes, context_length=24)
     embed_dim = 64
     logit_scale = torch.tensor(10.0)
 

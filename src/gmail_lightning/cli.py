@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import gmail_lightning.models  # noqa: F401  short class names resolve once their module is imported
-from gmail_lightning.callbacks import SparseProgress
+from gmail_lightning.callbacks import PredictionWriter, SparseProgress
 from gmail_lightning.datamodules import MixedModalityDataModule  # noqa: F401
 from gmail_lightning.datasets import DataError
 from gmail_lightning.hints import hint
@@ -104,17 +104,21 @@ class GmailCLI(LightningCLI):
         else:
             runs = Path("runs") / (config.name or _recipe_name(config))
             folder = runs / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+        evaluation = "" if self.subcommand == "fit" else f"{self.subcommand}-{datetime.now():%Y%m%d-%H%M%S}"
         if config.get("ckpt_path") == "last":
             found = sorted(runs.rglob("checkpoints/last*.ckpt"), key=lambda p: p.stat().st_mtime)
             if not found:
                 raise MisconfigurationException(f"--ckpt_path last: no checkpoints/last.ckpt below {runs}.")
             config.ckpt_path = str(found[-1])
-            folder = found[-1].parents[1]  # a resumed run goes on in its folder
+            folder = found[-1].parents[1] / evaluation  # a resumed fit goes on in its folder
         os.environ[RUN_DIR] = str(folder)
         return folder
 
     def _instantiate_trainer(self, config: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
-        given = [*callbacks, *(config.get("callbacks") or [])]
+        configured = config.get("callbacks") or []
+        given = [*callbacks, *(configured if isinstance(configured, list) else [configured])]
+        if self.subcommand == "predict":
+            callbacks.append(PredictionWriter())
         if config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else SparseProgress())
         if config.get("enable_checkpointing") is not False and not _has(given, ModelCheckpoint):

@@ -74,8 +74,11 @@ def _merged(path: str | Path, encoder: ImageEncoder | None) -> tuple[OpenCLIPEnc
     missing, unknown = plain.load_state_dict(trained, strict=False)
     if unknown or not trained:
         raise ValueError(f"{path}: not a checkpoint of this encoder (unknown: {unknown[:4]}, loaded: {len(trained)}).")
-    if missing and "base_fingerprint" in content:
-        recorded = content["base_fingerprint"]
+    recorded = content.get("base_fingerprint")
+    parameters = {name for name, _ in plain.named_parameters()}
+    if recorded is None and (absent := [key for key in missing if key in parameters]):
+        raise ValueError(f"{path}: lacks {absent[:4]} of its encoder, and says nothing of where they come from.")
+    if recorded is not None:
         difference = fingerprint_difference(recorded, fingerprint(plain, recorded["towers"]))
         if difference is not None:
             raise ValueError(f"{path}: trained on another base than this encoder: {difference}.")

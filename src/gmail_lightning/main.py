@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 EPILOG = """beside them:
   export CHECKPOINT --to open_clip --out DIR   write the trained encoder as a model that plain open_clip loads
@@ -74,7 +75,7 @@ def _export(args: list[str]) -> int:
 
     try:
         export_checkpoint(given.checkpoint, out, to=given.to, dtype=given.dtype)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, UnpicklingError) as error:
         return _fail(2, "Not exported", error)
     print(f"Wrote {out}")
     return 0

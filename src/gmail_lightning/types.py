@@ -38,7 +38,8 @@ class TextSpec:
     """How an encoder wants its text.
 
     Attributes:
-        encode: Maps n strings to token ids of shape (n, context_length), int64. Runs in the data workers.
+        encode: Maps n strings to token ids of shape (n, context_length), int64. Runs in the data workers, so it must be
+            picklable.
         context_length: Number of token ids per text.
     """
 

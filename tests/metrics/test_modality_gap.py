@@ -69,7 +69,7 @@ def test_metric_joins_pairs_over_batches_and_names_what_is_alone() -> None:
         k: pytest.approx(v.item()) for k, v in expected.items()
     }
     metric.update(generated[:1], torch.tensor([1]), torch.tensor([77]))
-    with pytest.raises(ValueError, match="1 generated rows have no real row of their image_id .* 77"):
+    with pytest.raises(ValueError, match=r"1 generated rows have no real row of their image_id .* 77"):
         metric.compute()
 
 

@@ -45,7 +45,7 @@ class ModalityGapReport(Callback):
 
     Args:
         figure_set: Evaluation set that is drawn; the first one by default.
-        max_pairs: Pairs that are drawn, the first by ``pair_id``.
+        max_pairs: Pairs that are drawn, the first by ``image_id``.
     """
 
     def __init__(self, figure_set: str | None = None, max_pairs: int = 1000) -> None:
@@ -53,6 +53,7 @@ class ModalityGapReport(Callback):
         self.before: dict[str, dict[str, float]] = {}
         self._before_pairs: Pairs | None = None
         self._pairs: Pairs | None = None
+        self._folder = Path()
         self._step: int | None = None  # of the last validation after the first step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -62,6 +63,10 @@ class ModalityGapReport(Callback):
                 f"ModalityGapReport compares with the state before training: set trainer.num_sanity_val_steps=-1 "
                 f"(got {trainer.num_sanity_val_steps}), or drop the callback."
             )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Asks for the run folder, which is a collective, on every rank."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the pairs of the drawn set while the metric still holds them."""
@@ -101,7 +106,7 @@ class ModalityGapReport(Callback):
             rank_zero_warn(f"The last validation was at step {self._step} of {trainer.global_step}.")
         after = cast(BaseTask, pl_module).results
         rank_zero_info(format_table(self.before, after))
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         values = {"step": self._step, "before": self.before, "after": after}
         (folder / "modality_gap.json").write_text(json.dumps(values, indent=2))

@@ -63,8 +63,7 @@ class MixedModalityDataModule(LightningDataModule):
         generated_augmentation: Applied to generated images after it.
         eval_batch_size: Images per device in evaluation and prediction; by default ``batch_size``.
         num_workers: Worker processes of each loader.
-        max_replaced_fraction: Training stops once more than this share of an epoch's rows had to be replaced, since
-            their images did not decode.
+        max_replaced_fraction: Training stops once more than this share of an epoch's images did not decode.
         seed: Of the order, the captions drawn and the augmentation; by default that of ``seed_everything``, else 0.
         input_spec: For use without a task.
     """
@@ -137,17 +136,22 @@ class MixedModalityDataModule(LightningDataModule):
             raise DataError("No training data: give the data module data sets under train.")
         table = RowTable(self.datasets["train"])
         num_replicas, rank = self._replicas()
-        sampler = MixedModalitySampler(
-            table.modality,
-            table.pair_id,
-            batch_size=self.batch_size,
-            mode=self.mode,
-            generated_fraction=self.generated_fraction,
-            seed=self.seed,
-            num_replicas=num_replicas,
-            rank=rank,
-            describe=table.describe,
-        )
+        try:
+            sampler = MixedModalitySampler(
+                table.modality,
+                table.pair_id,
+                batch_size=self.batch_size,
+                mode=self.mode,
+                generated_fraction=self.generated_fraction,
+                seed=self.seed,
+                num_replicas=num_replicas,
+                rank=rank,
+                describe=table.describe,
+            )
+        except DataError:
+            raise
+        except ValueError as error:  # a setting, not the data
+            raise MisconfigurationException(str(error)) from error
         self._sampler = sampler
         self._seek()
         generated = sampler.generated_per_batch
@@ -188,6 +192,10 @@ class MixedModalityDataModule(LightningDataModule):
     def _evaluation_loader(self, datasets: list[ImageTextDataset], name: str | None) -> DataLoader[ImageTextBatch]:
         rows = EvaluationRows(RowTable(datasets), self._spec(), name)
         num_replicas, rank = self._replicas()
+        if len(rows) < num_replicas:
+            raise DataError(
+                f"Evaluation set {name!r} has {len(rows)} images for {num_replicas} devices: use fewer devices."
+            )
         sampler = UnpaddedDistributedSampler(len(rows), num_replicas=num_replicas, rank=rank)
         return DataLoader(rows, batch_size=self.eval_batch_size, sampler=sampler, **self._settings(False))
 
@@ -221,7 +229,7 @@ class MixedModalityDataModule(LightningDataModule):
         if progress["epoch"] != sampler.epoch:
             progress.update(epoch=sampler.epoch, step=0, replaced=0)
         elif progress["step"] and progress["global_batch_size"] != sampler.global_batch_size:
-            raise ValueError(
+            raise MisconfigurationException(
                 f"The checkpoint was written at batch {progress['step']} of epoch {progress['epoch']}, with "
                 f"{progress['global_batch_size']} rows in a global batch; now they are {sampler.global_batch_size}. "
                 "Choose batch_size such that batch_size x devices is the same, or resume from the end of an epoch."
@@ -230,11 +238,11 @@ class MixedModalityDataModule(LightningDataModule):
         progress["global_batch_size"] = sampler.global_batch_size
         if not batch["replaced_reason"]:
             return
-        before, progress["replaced"] = progress["replaced"], progress["replaced"] + int(batch["replaced"].sum())
+        before, progress["replaced"] = progress["replaced"], progress["replaced"] + len(batch["replaced_reason"])
         allowed = self.max_replaced_fraction * len(sampler)
         summary = (
-            f"{progress['replaced']} of {len(sampler)} training rows of epoch {sampler.epoch} on this device had to be "
-            f"replaced, the last since: {batch['replaced_reason'][-1]}"
+            f"{progress['replaced']} of {len(sampler)} training images of epoch {sampler.epoch} on this device had to "
+            f"be replaced, the last since: {batch['replaced_reason'][-1]}"
         )
         if progress["replaced"] > allowed:
             raise DataError(

@@ -38,8 +38,7 @@ class TrainRows(Dataset[ImageTextBatch]):
         of_real = [augmentation] if augmentation is not None else []
         of_generated = [*of_real, generated_augmentation] if generated_augmentation is not None else of_real
         self.augmentation = {Modality.REAL: of_real, Modality.GENERATED: of_generated}
-        if pairs is not None:  # a pair shows one real image, whatever the generated row's own table calls it
-            table.image_id[pairs.generated] = np.repeat(table.image_id[pairs.real], pairs.size)
+        adopt_real_ids(table)  # a pair shows one real image, whatever the generated row's own table calls it
 
     def __len__(self) -> int:
         return len(self.table)

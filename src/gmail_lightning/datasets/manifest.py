@@ -86,7 +86,8 @@ class ManifestDataset(ImageTextDataset):
             self._refuse(columns["image_id"].is_null(), "image_id is empty. Fill it in, or leave the column out")
             self.image_id = _ids(columns["image_id"])
         else:
-            self.image_id = np.arange(length) if self._holds_bytes else _ids(self._image)
+            by_row = self._holds_bytes  # of this file: two files of bytes have no image in common
+            self.image_id = stable_ids(f"{path}#{i}" for i in range(length)) if by_row else _ids(self._image)
         self.pair_id = _ids(columns["pair_id"]) if "pair_id" in columns else np.full(length, -1)
         if "label" in columns:
             self._read_labels(columns["label"])

@@ -13,15 +13,16 @@ from torchmetrics.utilities import dim_zero_cat
 from gmail_lightning.metrics.retrieval import image_text_recall
 
 
-def linear_probe_accuracy(generated: Tensor, real: Tensor, ridge: float = 1e-2) -> Tensor:
-    """Accuracy of a ridge classifier that tells generated from real rows, by two-fold cross-validation over pairs.
+def linear_probe_accuracy(generated: Tensor, real: Tensor, *, ids: Tensor | None = None, ridge: float = 1e-2) -> Tensor:
+    """Accuracy of a ridge classifier that tells generated from real rows, by two-fold cross-validation over images.
 
-    Closed form and deterministic: even pairs train and odd pairs test, then the reverse; a pair never stands on both
-    sides. 0.5 is chance.
+    Closed form and deterministic: every other image trains and the rest test, then the reverse; an image never stands
+    on both sides. 0.5 is chance.
 
     Args:
         generated: Shape (N, D), N >= 4.
         real: Shape (N, D), row i paired with row i of ``generated``.
+        ids: Shape (N,); rows with equal ids show one real image.
         ridge: Penalty, relative to the mean squared feature.
 
     Returns:
@@ -31,7 +32,8 @@ def linear_probe_accuracy(generated: Tensor, real: Tensor, ridge: float = 1e-2) 
         return torch.tensor(torch.nan)
     x = torch.cat([generated, real]).double()
     y = torch.cat([torch.ones(len(generated)), -torch.ones(len(real))]).to(x)
-    fold = torch.arange(len(generated), device=x.device).repeat(2) % 2
+    ids = torch.arange(len(generated), device=x.device) if ids is None else ids
+    fold = ids.unique(return_inverse=True)[1].repeat(2) % 2
     correct = x.new_zeros(())
     for test in (0, 1):
         train_x, train_y = x[fold != test], y[fold != test]
@@ -92,7 +94,7 @@ def modality_gap(
         "margin": paired.mean() - shuffled,
         "centroid_distance": (g.mean(dim=0) - r.mean(dim=0)).norm(),
         **{f"g2r_R@{k}": recall[f"t2i_R@{k}"] for k in ks},
-        "probe_accuracy": linear_probe_accuracy(g, r),
+        "probe_accuracy": linear_probe_accuracy(g, r, ids=ids),
     }
 
 

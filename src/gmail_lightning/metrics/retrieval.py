@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 CHUNK = 512  # image rows scored at once; the score block is the only memory that grows with the texts
+TIE = 1e-6  # cosines closer than this are equal: fp32 rounds one and the same cosine differently in different kernels
 
 
 def _check(features: Tensor, name: str) -> Tensor:
@@ -41,7 +42,7 @@ def _ranks(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
 
 def _above(scores: Tensor, positive: Tensor, dim: int) -> Tensor:
     """Number of scores above the positive, ties counting half."""
-    return (scores > positive).sum(dim=dim) + 0.5 * (scores == positive).sum(dim=dim)
+    return 0.5 * ((scores > positive + TIE).sum(dim=dim) + (scores >= positive - TIE).sum(dim=dim))
 
 
 def image_text_recall(

@@ -136,6 +136,11 @@ class ModalityEncoder(DualEncoder):
         return {name: "encoder" for part in parts for name, _ in part}
 
     @property
+    def has_text(self) -> bool:
+        """Whether the plain encoder has a text tower."""
+        return isinstance(self.encoder, DualEncoder)
+
+    @property
     def image_spec(self) -> ImageSpec:
         """As the plain encoder's."""
         return self.encoder.image_spec

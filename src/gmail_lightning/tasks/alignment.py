@@ -81,7 +81,9 @@ class AlignmentTask(BaseTask):
         weights = {"alignment": alignment_weight, "cosine": cosine_weight, "generated_text": generated_text_weight}
         self.weights = {**weights, "real_text": real_text_weight}
         if min(self.weights.values()) < 0 or max(weights.values()) == 0:
-            raise ValueError(f"The loss weights must not be negative and not all 0, got {self.weights}.")
+            raise ValueError(
+                f"No weight may be negative, and one of {', '.join(weights)} must be above 0: {self.weights}."
+            )
         if (generated_text_weight or real_text_weight) and not isinstance(encoder, DualEncoder):
             raise ValueError(f"{type(encoder).__name__} has no text tower: set the text weights to 0.")
         if real_text_weight and real_path == "frozen":
@@ -93,7 +95,6 @@ class AlignmentTask(BaseTask):
         self.encoder = ModalityEncoder(
             encoder, rank=rank, alpha=alpha, targets=tuple(targets), real_path=real_path, projection=projection
         )
-        self.has_text = isinstance(encoder, DualEncoder)
         self.loss, self.symmetric = loss, symmetric
         self.contrastive_chunk_size = contrastive_chunk_size
         learnable = learnable_temperature and alignment_weight > 0
@@ -101,9 +102,14 @@ class AlignmentTask(BaseTask):
         self.bias = nn.Parameter(torch.tensor(-10.0), requires_grad=learnable and loss == "sigmoid")
 
     @property
+    def pretrained(self) -> bool:
+        """An aligner without a checkpoint is untrained, whatever its base knows."""
+        return False
+
+    @property
     def input_spec(self) -> InputSpec:
         """Pixels, and the captions where the encoder has a text tower."""
-        texts = {"text": self.encoder.text_spec} if self.has_text else {}
+        texts = {"text": self.encoder.text_spec} if self.encoder.has_text else {}
         return InputSpec(image=self.encoder.image_spec, texts=texts)
 
     def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
@@ -127,7 +133,7 @@ class AlignmentTask(BaseTask):
         return {"loss": total, **losses}
 
     def _alignment(self, generated: Tensor, real: Tensor, ids: Tensor) -> Tensor:
-        temperature = self.log_temperature.exp()
+        temperature = self.log_temperature.exp().clamp(min=0.01)  # logits of at most 100, as CLIP caps its scale
         if self.loss == "sigmoid":
             return sigmoid_loss(generated, real, 1.0 / temperature, self.bias, ids=ids)
         return alignment_loss(generated, real, temperature=temperature, ids=ids, symmetric=self.symmetric)
@@ -143,18 +149,17 @@ class AlignmentTask(BaseTask):
     def build_metrics(self) -> dict[str, Metric]:
         """The gap, and with a text tower the image-text recall of both branches."""
         recall = {name: ImageTextRecall(prefix=f"{name}_") for name in ("real", "generated")}
-        return {"gap": ModalityGap(), **(recall if self.has_text else {})}
+        return {"gap": ModalityGap(), **(recall if self.encoder.has_text else {})}
 
     def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
         """Real rows go through the real path, generated rows through the adapted branch."""
-        features = self.encoder.encode_image(batch["image"], batch["modality"])
+        features = self.encode_images(batch)
         modality = batch["modality"]
         metrics["gap"].update(features, modality, batch["image_id"])
-        if not self.has_text:
+        if not self.encoder.has_text:
             return
         text_features, owner = self.encoder.encode_text(batch["text"]), batch["text_row"]
         for name, value in (("real", Modality.REAL), ("generated", Modality.GENERATED)):
-            rows, texts = modality == value, modality[owner] == value
-            if rows.any():
-                ids = batch["row_id"]
-                metrics[name].update(features[rows], ids[rows], text_features[texts], ids[owner[texts]])
+            rows, texts, ids = modality == value, modality[owner] == value, batch["row_id"]
+            # Also without a row: every rank must hold tensors of one shape and type when they are gathered.
+            metrics[name].update(features[rows], ids[rows], text_features[texts], ids[owner[texts]])

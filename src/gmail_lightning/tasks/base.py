@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
@@ -17,9 +18,10 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
-from gmail_lightning.models.base import ImageEncoder
+from gmail_lightning.models.base import ROLES, DualEncoder, ImageEncoder, Tower
 from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
-from gmail_lightning.models.modality import is_adapter_key
+from gmail_lightning.models.lora import plain_parameter
+from gmail_lightning.models.modality import ModalityEncoder, is_adapter_key
 from gmail_lightning.optim import WarmupCosine, parameter_groups
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
@@ -58,7 +60,8 @@ def paired_rows(batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
         ValueError: If the batch is not made of pairs.
     """
     generated = batch["modality"] == Modality.GENERATED
-    if not torch.equal(batch["pair_id"][generated], batch["pair_id"][~generated]):
+    pair_id = batch["pair_id"]
+    if (pair_id < 0).any() or not torch.equal(pair_id[generated], pair_id[~generated]):
         raise ValueError("The batch is not made of pairs: use MixedModalityDataModule(mode='paired').")
     return generated, ~generated
 
@@ -129,7 +132,8 @@ class BaseTask(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Refuses settings that would train silently wrong, and builds the metrics of the evaluation sets."""
         trainer = self.trainer
-        accumulate = trainer.accumulate_grad_batches
+        schedules = [c.scheduling for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+        accumulate = max([trainer.accumulate_grad_batches, *(max(s.values()) for s in schedules)])
         if stage == "fit" and self.batch_contrastive and accumulate != 1 and not self.allow_small_negatives:
             raise MisconfigurationException(
                 f"accumulate_grad_batches={accumulate} gives a batch-contrastive loss no further negatives. Raise "
@@ -146,8 +150,9 @@ class BaseTask(LightningModule, ABC):
             raise MisconfigurationException(
                 f"precision={trainer.precision!r}: adapted weights are held in fp32; use bf16-mixed."
             )
-        # Frozen towers have constant buffers; leaving them out keeps evaluation steps free of collectives under DDP.
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        # Frozen modules have constant buffers; leaving them out keeps evaluation steps free of collectives under DDP.
+        trained = self._trained_buffers()
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name not in trained]
         if stage != "predict":
             verb = "test" if stage == "test" else "val"
             names = getattr(getattr(trainer, "datamodule", None), "eval_sets", {}).get(verb) or ["eval"]
@@ -158,7 +163,8 @@ class BaseTask(LightningModule, ABC):
         losses = self.compute_losses(batch)
         if "replaced" in batch:
             self._replaced = self._replaced + batch["replaced"].sum()
-        if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
+        every = cast(Any, self.trainer).log_every_n_steps
+        if every and (self.trainer.global_step + 1) % every == 0:
             if not torch.isfinite(losses["loss"]):
                 terms = ", ".join(f"{k}={v.item():.4g}" for k, v in losses.items())
                 raise RuntimeError(f"The loss is not finite at step {self.trainer.global_step}: {terms}.")
@@ -182,6 +188,17 @@ class BaseTask(LightningModule, ABC):
     def _evaluate(self, batch: ImageTextBatch, stage: str) -> None:
         metrics = self.metrics[f"{stage}/{batch.get('eval_set', 'eval')}".replace(".", "_")]
         self.update_metrics(cast(Any, metrics), batch)
+
+    def predict_step(self, batch: ImageTextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Features of a batch: ``image_features`` (B, D), ``modality`` (B,) and ``sample_key``."""
+        features = self.encode_images(batch)
+        return {"image_features": features, "modality": batch["modality"], "sample_key": batch["sample_key"]}
+
+    def encode_images(self, batch: ImageTextBatch) -> Tensor:
+        """Image features of a batch, shape (B, D); every modality through its branch."""
+        if isinstance(self.encoder, ModalityEncoder):
+            return self.encoder.encode_image(batch["image"], batch["modality"])
+        return self.encoder.encode_image(batch["image"])
 
     def on_validation_epoch_end(self) -> None:
         """Computes and logs the metrics of every set."""
@@ -255,14 +272,38 @@ class BaseTask(LightningModule, ABC):
     def _kept_keys(self) -> set[str]:
         """Keys of the state that a checkpoint holds."""
         state = self.state_dict(keep_vars=True)
-        return {k for k, v in state.items() if v.requires_grad or is_adapter_key(k)}
+        trained = self._trained_buffers()
+        return {k for k, v in state.items() if v.requires_grad or is_adapter_key(k) or k in trained}
+
+    def _trained_buffers(self) -> set[str]:
+        """Names of the buffers that stand beside trainable parameters, such as running means."""
+        return {
+            f"{prefix}{'.' if prefix else ''}{name}"
+            for prefix, module in self.named_modules()
+            if any(p.requires_grad for p in module.parameters(recurse=False))
+            for name, _ in module.named_buffers(recurse=False)
+        }
+
+    def _frozen_towers(self) -> list[Tower]:
+        """Towers of the encoder whose stored matrices do not train: what the checkpoint leans on."""
+        towers: list[Tower] = ["image", "text"] if isinstance(self.encoder, DualEncoder) else ["image"]
+        targets = {tower: self.encoder.lora_targets(ROLES, tower) for tower in towers if self._has_tower(tower)}
+        return [
+            tower
+            for tower, found in targets.items()
+            if found and not any(plain_parameter(t.module, t.parameter).requires_grad for t in found)
+        ]
+
+    def _has_tower(self, tower: Tower) -> bool:
+        return tower == "image" or not isinstance(self.encoder, ModalityEncoder) or self.encoder.has_text
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops frozen tensors and adds the fingerprint of the encoder they belong to."""
         kept = self._kept_keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        if not all(p.requires_grad for p in self.encoder.parameters()):
-            checkpoint["base_fingerprint"] = fingerprint(self.encoder)
+        towers = self._frozen_towers()
+        if towers:
+            checkpoint["base_fingerprint"] = fingerprint(self.encoder, towers)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module``'s; frozen tensors are not in a checkpoint and so not reported as missing."""
@@ -274,12 +315,13 @@ class BaseTask(LightningModule, ABC):
         """Checks that the checkpoint fits: the same trained tensors, the same frozen base.
 
         Raises:
-            ValueError: Naming the tensors that are missing or unknown, or both fingerprints and their difference.
+            MisconfigurationException: Naming the tensors that are missing or unknown, or both fingerprints and their
+                difference.
         """
         kept, given = self._kept_keys(), set(checkpoint["state_dict"])
         if kept != given:
             missing, unknown = sorted(kept - given)[:5], sorted(given - kept)[:5]
-            raise ValueError(
+            raise MisconfigurationException(
                 f"The checkpoint does not fit {type(self).__name__}: missing {missing or 'nothing'}, unknown "
                 f"{unknown or 'nothing'}. Were rank, targets or projection changed?"
             )
@@ -289,7 +331,7 @@ class BaseTask(LightningModule, ABC):
         found = fingerprint(self.encoder, recorded["towers"])
         difference = fingerprint_difference(recorded, found)
         if difference is not None:
-            raise ValueError(
+            raise MisconfigurationException(
                 f"The checkpoint was trained on another frozen encoder: it has fingerprint "
                 f"{fingerprint_digest(recorded)}, this one {fingerprint_digest(found)}; they differ in {difference}."
             )

@@ -83,5 +83,5 @@ class RetrievalTask(BaseTask):
     def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
         """Adds images and all their captions."""
         ids, owner = batch["row_id"], batch["text_row"]
-        image_features = self.encoder.encode_image(batch["image"])
+        image_features = self.encode_images(batch)
         metrics["recall"].update(image_features, ids, self.encoder.encode_text(batch["text"]), ids[owner])
