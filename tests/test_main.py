@@ -84,6 +84,7 @@ def test_resume_goes_on_in_the_folder_and_the_users_values_win(run: Path, monkey
     more = ["--trainer.max_steps=4", "--model.init_args.temperature=0.5", "--ckpt_path", "last"]
     assert status(["fit", *ALIGN, *more]) == 0
     assert [p.name for p in run.parent.iterdir()] == [run.name]
+    assert status(["test", *ALIGN, "--ckpt_path", "last"]) == 0  # writes beside, and not over, what training wrote
     held = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert held["global_step"] == 4
     assert held["hyper_parameters"]["temperature"] == 0.5
@@ -127,6 +128,8 @@ def test_a_misspelt_name_is_answered_with_the_known_ones(
         (["fit", *ALIGN, "--ckpt_path", "last"], 2, "no checkpoints/last.ckpt below runs/emoji-align"),
         (["fit", *ALIGN, "--trainer.accumulate_grad_batches", "2"], 2, "contrastive_chunk_size"),
         (["fit", *ALIGN, "--trainer.overfit_batches", "2"], 2, "limit_train_batches"),
+        (["fit", *ALIGN, "--data.init_args.batch_size", "15"], 2, "15"),
+        (["fit", *ALIGN, "--data.init_args.mode", "mixture", "--data.init_args.generated_fraction", "1.5"], 2, "1.5"),
         (["fit", *ALIGN, "--trainer.num_sanity_val_steps", "2"], 2, "num_sanity_val_steps"),
         (["fit", *ALIGN, "--model.init_args.real_text_weight", "1"], 2, "real_path"),
         (["fit", *ALIGN, "--data.init_args.train", '[{"class_path":"ManifestDataset","init_args":{"path":"no.csv"}}]'],

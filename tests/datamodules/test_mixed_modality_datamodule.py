@@ -186,7 +186,9 @@ def test_resume_in_mid_epoch_with_another_global_batch_is_refused(tmp_path: Path
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=2, save_top_k=-1)
     trainer(tmp_path, max_steps=2, callbacks=[saver]).fit(Recorder(), datamodule())
     (path,) = (tmp_path / "saved").glob("*.ckpt")
-    with pytest.raises(ValueError, match="batch 2 of epoch 0, with 8 rows in a global batch; now they are 4"):
+    with pytest.raises(
+        MisconfigurationException, match="batch 2 of epoch 0, with 8 rows in a global batch; now they are 4"
+    ):
         trainer(tmp_path, max_steps=4).fit(Recorder(), datamodule(batch_size=4), ckpt_path=path)
 
 
@@ -296,7 +298,7 @@ def test_broken_images_are_replaced_and_counted(tmp_path: Path, mode: str, worke
             data = {d.name: d for d in pairs()}[name]
             assert batch["pair_id"][row] == data.pair_id[index]
             assert batch["caption"][row] in data.captions(index)
-        replaced[number * 2 // len(task.seen)] += int(expected.sum())
+        replaced[number * 2 // len(task.seen)] += int(is_broken.sum())  # images that do not decode, not their partners
     assert sum(replaced.values()) > 0
     assert module.state_dict()["replaced"] == replaced[1]
     again = Recorder()
@@ -305,10 +307,10 @@ def test_broken_images_are_replaced_and_counted(tmp_path: Path, mode: str, worke
 
 
 def test_too_many_broken_images_stop_the_training(tmp_path: Path) -> None:
-    # one broken image among 22 pairs: 2 of 40 rows are 5 %
-    module = datamodule(pairs(broken_real=frozenset({3})), max_replaced_fraction=0.04)
+    # one broken image among 22 pairs: 1 of the 40 of an epoch is 2.5 %
+    module = datamodule(pairs(broken_real=frozenset({3})), max_replaced_fraction=0.02)
     with pytest.raises(
-        DataError, match=r"2 of 40 training rows .*key 'real/3'.*does not decode.*max_replaced_fraction=0.04"
+        DataError, match=r"1 of 40 training images .*key 'real/3'.*does not decode.*max_replaced_fraction=0.02"
     ):
         trainer(tmp_path, max_epochs=3).fit(Recorder(), module)
     everything = frozenset(range(22))
@@ -423,7 +425,7 @@ def test_the_composition_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptur
         ({"train": pairs()[1:]}, {}, DataError, r"Pictures row \d+ \(key 'one/\d+'\) .* no real row of its pair_id 1"),
         ({"train": [*pairs(), Pictures(0, [104], "again")]}, {}, DataError, "104 .* 'real/4'.*and .* 'again/0'"),
         ({"train": [Pictures(0, [], "none")]}, {}, DataError, "No rows in Pictures"),
-        ({"generated_fraction": 1.5, "mode": "mixture"}, {}, ValueError, "generated_fraction is 1.5"),
+        ({"generated_fraction": 1.5, "mode": "mixture"}, {}, MisconfigurationException, "generated_fraction is 1.5"),
         ({"batch_size": 64}, {}, DataError, "22 pairs, fewer than the 32"),
     ],
 )

@@ -55,6 +55,15 @@ def test_probe_is_at_chance_for_one_distribution_and_sure_for_two() -> None:
     assert linear_probe_accuracy(x + 10, x).item() == 1.0
 
 
+def test_the_probe_keeps_copies_of_an_image_on_one_side() -> None:
+    torch.manual_seed(0)
+    real = torch.randn(60, 40).repeat_interleave(5, dim=0)
+    generated = torch.randn(60, 40).repeat_interleave(5, dim=0) + 0.01 * torch.randn(300, 40)
+    ids = torch.arange(60).repeat_interleave(5)
+    assert linear_probe_accuracy(generated, real).item() > 0.7  # what it would say of one and the same distribution
+    assert abs(linear_probe_accuracy(generated, real, ids=ids).item() - 0.5) < 0.1
+
+
 def test_metric_joins_pairs_over_batches_and_names_what_is_alone() -> None:
     torch.manual_seed(0)
     generated, real = torch.randn(9, 4), torch.randn(9, 4)

@@ -81,3 +81,13 @@ def test_metric_joins_by_id_in_any_order() -> None:
     metric.update(image[:1], torch.tensor([100]), text[:1], torch.tensor([100]))
     with pytest.raises(ValueError, match="100 came more than once"):
         metric.compute()
+
+
+@pytest.mark.parametrize("width", [16, 512, 768])
+def test_a_collapsed_encoder_does_not_score(width: int) -> None:
+    """Equal features give cosines that two kernels round differently: still ties."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        features = torch.randn(1, width).repeat(50, 1)
+        got = image_text_recall(features, features.clone(), torch.arange(50), ks=(1, 10))
+        assert all(value == 0 for value in got.values())

@@ -155,8 +155,12 @@ def test_an_encoder_without_text_aligns_and_asks_for_no_text(batch: ImageTextBat
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"alignment_weight": 0.0}, "not all 0"),
-        ({"cosine_weight": -1.0}, "not be negative"),
+        ({"alignment_weight": 0.0}, "must be above 0"),
+        (
+            {"alignment_weight": 0.0, "real_text_weight": 1.0, "real_path": "projected"},
+            "generated_text must be above 0",
+        ),
+        ({"cosine_weight": -1.0}, "No weight may be negative"),
         ({"real_text_weight": 1.0}, "frozen real path cannot train"),
         ({"temperature": 0.0}, "must be positive"),
         ({"symmetric": True, "loss": "sigmoid"}, "symmetric as it is"),
@@ -169,6 +173,8 @@ def test_settings_that_cannot_work_are_refused(wrong: dict, match: str) -> None:
 
 
 def test_a_batch_that_is_not_made_of_pairs_is_refused(batch: ImageTextBatch) -> None:
-    batch["pair_id"] = batch["pair_id"].flip(0)[[1, 2, 3, 4, 5, 6, 7, 0]]
-    with pytest.raises(ValueError, match="mode='paired'"):
-        task().compute_losses(batch)
+    shifted = {**batch, "pair_id": batch["pair_id"].flip(0)[[1, 2, 3, 4, 5, 6, 7, 0]]}
+    unpaired = {**batch, "pair_id": torch.full((8,), -1)}  # a mixture of sets that know no pairs
+    for wrong in (shifted, unpaired):
+        with pytest.raises(ValueError, match="mode='paired'"):
+            task().compute_losses(wrong)

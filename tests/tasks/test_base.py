@@ -7,12 +7,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 
 from gmail_lightning.datamodules import MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset
 from gmail_lightning.models import OpenCLIPEncoder
-from gmail_lightning.tasks import AlignmentTask
+from gmail_lightning.tasks import AlignmentTask, RetrievalTask
 from gmail_lightning.tasks.base import in_chunks
 
 TINY = {
@@ -93,10 +94,10 @@ def test_a_checkpoint_holds_trainables_and_the_base_only(tmp_path: Path) -> None
     image, modality = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 1, 0])
     assert torch.equal(again.encoder.encode_image(image, modality), task.encoder.encode_image(image, modality))
 
-    with pytest.raises(ValueError, match="another frozen encoder") as caught:
+    with pytest.raises(MisconfigurationException, match="another frozen encoder") as caught:
         AlignmentTask.load_from_checkpoint(tmp_path / "a.ckpt", encoder=tiny(seed=1))
     assert len(set(re.findall(r"\b[0-9a-f]{12}\b", str(caught.value)))) == 2
-    with pytest.raises(ValueError, match="unknown"):
+    with pytest.raises(MisconfigurationException, match="unknown"):
         AlignmentTask.load_from_checkpoint(tmp_path / "a.ckpt", encoder=tiny(), targets=("q",))
 
 
@@ -104,6 +105,47 @@ def test_accumulation_is_refused_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="contrastive_chunk_size"):
         trainer(tmp_path, accumulate_grad_batches=2).fit(AlignmentTask(tiny()), pairs())
     trainer(tmp_path, accumulate_grad_batches=2).fit(AlignmentTask(tiny(), allow_small_negatives=True), pairs())
+
+
+def test_accumulation_by_a_callback_is_refused_too(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="accumulate_grad_batches=4"):
+        trainer(tmp_path, callbacks=[GradientAccumulationScheduler({0: 1, 5: 4})]).fit(AlignmentTask(tiny()), pairs())
+
+
+def test_running_statistics_of_a_trained_tower_survive_a_checkpoint(tmp_path: Path) -> None:
+    config = {**TINY, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}}
+    torch.manual_seed(0)
+    task = RetrievalTask(OpenCLIPEncoder(config=config, merges="emoji"))
+    run = trainer(tmp_path)
+    run.fit(task, pairs())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = RetrievalTask.load_from_checkpoint(
+        tmp_path / "a.ckpt", encoder=OpenCLIPEncoder(config=config, merges="emoji")
+    ).eval()
+    image = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again.encoder.encode_image(image), task.eval().encoder.encode_image(image))
+
+
+def test_a_partly_frozen_encoder_leans_on_its_frozen_tower_alone(tmp_path: Path) -> None:
+    task = RetrievalTask(tiny())
+    for name, p in task.encoder.model.named_parameters():
+        p.requires_grad_(name.startswith("visual."))
+    run = trainer(tmp_path)
+    run.fit(task, pairs())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    held = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert held["base_fingerprint"]["towers"] == ["text"]
+
+    def frozen(seed: int) -> OpenCLIPEncoder:
+        encoder = tiny(seed)
+        for name, p in encoder.model.named_parameters():
+            p.requires_grad_(name.startswith("visual."))
+        return encoder
+
+    RetrievalTask.load_from_checkpoint(tmp_path / "a.ckpt", encoder=frozen(0))
+    with pytest.raises(MisconfigurationException, match="another frozen encoder"):
+        RetrievalTask.load_from_checkpoint(tmp_path / "a.ckpt", encoder=frozen(1))
 
 
 def test_half_precision_weights_are_refused_with_lora(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ class BaseTask(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Refuses settings that would train silently wrong, and builds the metrics of the evaluation sets."""
         trainer = self.trainer
-        schedules = [c.scheduling for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+        schedules = [c.scheduling for c in cast(Any, trainer).callbacks if isinstance(c, GradientAccumulationScheduler)]
         accumulate = max([trainer.accumulate_grad_batches, *(max(s.values()) for s in schedules)])
         if stage == "fit" and self.batch_contrastive and accumulate != 1 and not self.allow_small_negatives:
             raise MisconfigurationException(
