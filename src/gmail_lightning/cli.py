@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -41,6 +42,12 @@ class GmailCLI(LightningCLI):
     @classmethod
     def run(cls, args: Sequence[str] | None) -> None:
         """Parses and runs; the command line object is not returned, since ``sys.exit`` would print it and fail."""
+        for noise in (
+            r"`isinstance\(treespec, LeafSpec\)`",
+            r"Found \d+ module\(s\) in eval mode",
+            "The number of training",
+        ):
+            warnings.filterwarnings("ignore", message=noise)  # true of every run here: towers stay in eval
         cls(
             BaseTask,
             pl.LightningDataModule,
@@ -111,6 +118,8 @@ class GmailCLI(LightningCLI):
                 raise MisconfigurationException(f"--ckpt_path last: no checkpoints/last.ckpt below {runs}.")
             config.ckpt_path = str(found[-1])
             folder = found[-1].parents[1] / evaluation  # a resumed fit goes on in its folder
+        elif config.get("ckpt_path") and _is_missing_file(config.ckpt_path):
+            raise MisconfigurationException(f"--ckpt_path {config.ckpt_path}: no such file.")
         os.environ[RUN_DIR] = str(folder)
         return folder
 
@@ -144,9 +153,16 @@ class GmailCLI(LightningCLI):
         if config.get("ckpt_path") or config.allow_untrained or self.model.pretrained:
             return
         raise MisconfigurationException(
-            f"{self.subcommand} of an untrained model: the encoder has random weights and there is no --ckpt_path. "
-            "Give --ckpt_path, or a pretrained encoder, or --allow_untrained true for a random baseline."
+            f"{self.subcommand} of an untrained model: there is no --ckpt_path, and what {type(self.model).__name__} "
+            "trains (the adapters of an aligner, the weights of an encoder) is as it was initialised. Give --ckpt_path, "
+            "or --allow_untrained true for that baseline; of an aligner it is the frozen encoder."
         )
+
+
+def _is_missing_file(checkpoint: str) -> bool:
+    """Whether it names a local file that is not there; Lightning knows some words and addresses besides."""
+    words = ("best", "hpc", "registry")
+    return "://" not in checkpoint and not checkpoint.startswith(words) and not Path(checkpoint).exists()
 
 
 def _has(callbacks: list[pl.Callback], kind: type) -> bool:

@@ -178,7 +178,7 @@ def test_find_pairs_counts_real_rows_without_partner() -> None:
         ([0, 1], [1, 1], {"batch_size": 3}, ValueError, "batch_size=3 .* even"),
         ([0, 1], [1, 1], {"batch_size": 2, "mode": "both"}, ValueError, "Unknown mode 'both'"),
         ([0, 1], [1, 2], {"batch_size": 2}, DataError, r"row 1 .* no real row of its pair_id 2 \(1 such rows of 1\)"),
-        ([0, 1, 1], [1, 1, -1], {"batch_size": 2}, DataError, r"row 2 is generated .* pair_id -1"),
+        ([0, 1, 1], [1, 1, -1], {"batch_size": 2}, DataError, r"row 2 is generated .* no pair_id"),
         ([0, 0, 1], [4, 4, 4], {"batch_size": 2}, DataError, "pair_id 4 .* two real rows: row 0 and row 1"),
         ([0, 1], [1, 1], {"batch_size": 4}, DataError, "1 pairs, fewer than the 2 of one global batch"),
         ([0, 1], [1, 1], {"batch_size": 2, "num_replicas": 2, "rank": 0}, DataError, "1 pairs, fewer than the 2"),

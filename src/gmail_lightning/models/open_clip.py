@@ -190,5 +190,6 @@ def save_open_clip(
     config = {"model_cfg": dict(model_config), "preprocess_cfg": dict(preprocess)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file({key: value.detach().cpu().contiguous() for key, value in state_dict.items()}, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors writes for the owner alone
     if merges is not None:
         shutil.copyfile(merges, folder / MERGES)

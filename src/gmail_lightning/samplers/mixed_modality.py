@@ -79,9 +79,11 @@ def find_pairs(modality: np.ndarray, pair_id: np.ndarray, describe: Callable[[in
     partnered[inside] = real_id[at[inside]] == generated_id[inside]
     if not partnered.all():
         lost = int(generated[~partnered].min())
+        lack = f"no real row of its pair_id {pair_id[lost]}"
+        if pair_id[lost] < 0:
+            lack = "no pair_id (is there a column of this name?)"
         raise DataError(
-            f"{describe(lost)} is generated and has no real row of its pair_id {pair_id[lost]} "
-            f"({int((~partnered).sum())} such rows of {len(generated)}). "
+            f"{describe(lost)} is generated and has {lack} ({int((~partnered).sum())} such rows of {len(generated)}). "
             "Add the real rows, drop these generated ones, or use mode='mixture', which needs no pairs."
         )
     ids, start, count = np.unique(generated_id, return_index=True, return_counts=True)
