@@ -154,8 +154,8 @@ class GmailCLI(LightningCLI):
             return
         raise MisconfigurationException(
             f"{self.subcommand} of an untrained model: there is no --ckpt_path, and what {type(self.model).__name__} "
-            "trains (the adapters of an aligner, the weights of an encoder) is as it was initialised. Give --ckpt_path, "
-            "or --allow_untrained true for that baseline; of an aligner it is the frozen encoder."
+            "trains (the adapters of an aligner, the weights of an encoder) is as it was initialised. Give "
+            "--ckpt_path, or --allow_untrained true for that baseline; of an aligner it is the frozen encoder."
         )
 
 
