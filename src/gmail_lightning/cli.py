@@ -24,6 +24,7 @@ from gmail_lightning.main import EPILOG
 from gmail_lightning.tasks import BaseTask
 
 RUN_DIR = "GMAIL_LIGHTNING_RUN_DIR"  # the launcher's child processes write where their parent does
+CHECKPOINT = "GMAIL_LIGHTNING_CHECKPOINT"  # and resume from what their parent found
 
 
 class Parser(LightningArgumentParser):
@@ -105,6 +106,8 @@ class GmailCLI(LightningCLI):
 
     def _run_folder(self, config: Any) -> Path:
         if os.environ.get(RUN_DIR) and "LOCAL_RANK" in os.environ:
+            if config.get("ckpt_path") == "last":  # the file that the parent found
+                config.ckpt_path = os.environ[CHECKPOINT]
             return Path(os.environ[RUN_DIR])
         if config.trainer.default_root_dir:
             folder, runs = Path(config.trainer.default_root_dir), Path(config.trainer.default_root_dir)
@@ -116,7 +119,7 @@ class GmailCLI(LightningCLI):
             found = sorted(runs.rglob("checkpoints/last*.ckpt"), key=lambda p: p.stat().st_mtime)
             if not found:
                 raise MisconfigurationException(f"--ckpt_path last: no checkpoints/last.ckpt below {runs}.")
-            config.ckpt_path = str(found[-1])
+            config.ckpt_path = os.environ[CHECKPOINT] = str(found[-1])
             folder = found[-1].parents[1] / evaluation  # a resumed fit goes on in its folder
         elif config.get("ckpt_path") and _is_missing_file(config.ckpt_path):
             raise MisconfigurationException(f"--ckpt_path {config.ckpt_path}: no such file.")
