@@ -87,3 +87,13 @@ class ImageTextBatch(TypedDict, total=False):
     replaced_reason: list[str]  # training only: one line per failure behind ``replaced``, mostly empty
     eval_set: str  # evaluation only: name of the set
     row_id: Tensor  # (B,) int64, evaluation only: index of the row in its set, unique over ranks
+
+
+class PromptBatch(TypedDict):
+    """B prompts of one shard, for the generation of images."""
+
+    shard: str  # name of the shard that the images belong to
+    row: list[int]  # (B,) number of each prompt in the table of the data module
+    prompt: list[str]  # (B,) what the generator reads
+    caption: list[str]  # (B,) what the image is to be captioned with
+    seed: list[int]  # (B,) hash of (prompt id, image index, recipe)

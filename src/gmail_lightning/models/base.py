@@ -114,3 +114,32 @@ class DualEncoder(ImageEncoder):
     def logit_bias(self) -> Tensor | None:
         """Scalar added to the scaled similarities (SigLIP), or None."""
         return None
+
+
+class GeneratedImages(NamedTuple):
+    """What a generator returns for B prompts."""
+
+    image: Tensor  # (B, 3, H, W) float32 in [0, 1]; a generator that fails leaves NaN
+    flagged: list[bool]  # (B,) by the safety checker of the generator; False where there is none
+
+
+class ImageGenerator(nn.Module, ABC):
+    """A text-to-image model."""
+
+    #: True once the weights are more than a random initialisation; generation refuses a generator without.
+    pretrained: bool = False
+
+    @abstractmethod
+    def generate(self, captions: list[str], seeds: list[int]) -> GeneratedImages:
+        """Makes one image per caption; each depends on its caption and its seed alone, not on the batch."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, str | int | float | None]:
+        """Everything that the images depend on besides caption and seed, as plain values: the generation recipe.
+
+        Holds at least ``generator``, ``revision``, ``scheduler``, ``steps``, ``guidance`` and ``size``.
+        """
+
+    def truncated(self, captions: list[str]) -> list[bool]:
+        """Whether the text encoder cuts each caption, length B."""
+        return [False] * len(captions)
