@@ -21,9 +21,10 @@ LAYERS = {
     "datasets": {"types", "transforms"},
     "samplers": {"types", "datasets"},
     "datamodules": {"types", "datasets", "samplers", "transforms", "distributed"},
-    "tasks": {"types", "distributed", "optim", "losses", "metrics", "models"},
-    "callbacks": {"types", "metrics", "models", "tasks", "datamodules"},
+    "tasks": {"types", "distributed", "optim", "losses", "metrics", "transforms", "models"},
+    "callbacks": {"types", "metrics", "models", "tasks", "datasets", "datamodules"},
     "export": {"types", "models", "tasks"},
+    "repair": {"types", "metrics", "models", "datasets", "transforms"},
 }
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0].removesuffix(".py") in LAYERS]
 

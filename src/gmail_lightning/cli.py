@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,15 +16,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import gmail_lightning.models  # noqa: F401  short class names resolve once their module is imported
-from gmail_lightning.callbacks import PredictionWriter, SparseProgress
+from gmail_lightning.callbacks import DatasetWriter, PredictionWriter, SparseProgress
+from gmail_lightning.callbacks.generation_plan import Mode
 from gmail_lightning.datamodules import MixedModalityDataModule  # noqa: F401
 from gmail_lightning.datasets import DataError
-from gmail_lightning.hints import hint
+from gmail_lightning.hints import hint, import_class
 from gmail_lightning.main import EPILOG
 from gmail_lightning.tasks import BaseTask
 
 RUN_DIR = "GMAIL_LIGHTNING_RUN_DIR"  # the launcher's child processes write where their parent does
 CHECKPOINT = "GMAIL_LIGHTNING_CHECKPOINT"  # and resume from what their parent found
+WRITER_FLAGS: dict[str, tuple[Any, str]] = {
+    "worker": (str, "i/n makes one of n shares of the images, as an independent process."),
+    "mode": (Mode, "make what is missing, begin anew, or add another recipe's images."),
+    "dry_run": (bool, "make the first 8 images only, beside the folder."),
+}
 
 
 class Parser(LightningArgumentParser):
@@ -41,15 +47,15 @@ class GmailCLI(LightningCLI):
     """Lightning's verbs over ``BaseTask`` and a data module, both by ``class_path``."""
 
     @classmethod
-    def run(cls, args: Sequence[str] | None) -> None:
-        """Parses and runs; the command line object is not returned, since ``sys.exit`` would print it and fail."""
+    def run(cls, args: Sequence[str] | None) -> int:
+        """Parses and runs; returns the exit status: 4 where images of a generated data set failed, else 0."""
         for noise in (
             r"`isinstance\(treespec, LeafSpec\)`",
             r"Found \d+ module\(s\) in eval mode",
             "The number of training",
         ):
             warnings.filterwarnings("ignore", message=noise)  # true of every run here: towers stay in eval
-        cls(
+        cli = cls(
             BaseTask,
             pl.LightningDataModule,
             subclass_mode_model=True,
@@ -59,15 +65,19 @@ class GmailCLI(LightningCLI):
             parser_class=Parser,
             args=None if args is None else list(args),
         )
+        writers = [callback for callback in cast(Any, cli.trainer).callbacks if isinstance(callback, DatasetWriter)]
+        return 4 if any(writer.failed for writer in writers) else 0
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Two settings of our own."""
+        """Settings of our own."""
         parser.add_argument(
             "--name", type=str | None, default=None, help="Runs go to runs/NAME; default: the recipe's."
         )
         parser.add_argument(
             "--allow_untrained", type=bool, default=False, help="Evaluate random weights on purpose, as a baseline."
         )
+        for name, (kind, text) in WRITER_FLAGS.items():
+            parser.add_argument(f"--{name}", type=kind | None, default=None, help=f"Of DatasetWriter: {text}")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning merges the checkpoint's hyperparameters over what the user wrote. Here the user's values win."""
@@ -90,6 +100,7 @@ class GmailCLI(LightningCLI):
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
+        _set_writer(config)
         folder = self._run_folder(config)
         config.trainer.default_root_dir = str(folder)
         if config.trainer.logger in (None, True):
@@ -129,7 +140,7 @@ class GmailCLI(LightningCLI):
     def _instantiate_trainer(self, config: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
         configured = config.get("callbacks") or []
         given = [*callbacks, *(configured if isinstance(configured, list) else [configured])]
-        if self.subcommand == "predict":
+        if self.subcommand == "predict" and not _has(given, DatasetWriter):
             callbacks.append(PredictionWriter())
         if config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else SparseProgress())
@@ -166,6 +177,25 @@ def _is_missing_file(checkpoint: str) -> bool:
     """Whether it names a local file that is not there; Lightning knows some words and addresses besides."""
     words = ("best", "hpc", "registry")
     return "://" not in checkpoint and not checkpoint.startswith(words) and not Path(checkpoint).exists()
+
+
+def _set_writer(config: Any) -> None:
+    """Gives the flags that are of ``DatasetWriter`` to the one of the run.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    given = {name: config[name] for name in WRITER_FLAGS if config.get(name) is not None}
+    configured = config.trainer.callbacks or []
+    configured = configured if isinstance(configured, list) else [configured]
+    writers = [c for c in configured if issubclass(import_class(c.class_path) or object, DatasetWriter)]
+    if given and not writers:
+        raise MisconfigurationException(
+            f"--{next(iter(given))} is for the callback DatasetWriter, and trainer.callbacks has none."
+        )
+    for writer in writers:
+        for name, value in given.items():
+            writer.init_args[name] = value
 
 
 def _has(callbacks: list[pl.Callback], kind: type) -> bool:

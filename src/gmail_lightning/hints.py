@@ -17,7 +17,7 @@ def hint(message: str) -> str:
     if options := re.findall(r"Option '([^']+)' is not accepted", message):
         owner = re.findall(r"class_path '([^']+)'", message[: message.rindex("Option '")])
         if owner:
-            cls = _import(owner[-1])
+            cls = import_class(owner[-1])
             return _advice(options[-1], f"{cls.__name__} accepts", _parameters(cls)) if cls else ""
     if found := re.findall(r"does not accept option '([^']+)'|unrecognized arguments: -*([\w.]+)", message):
         return _unknown_key(next(part for part in found[-1] if part))
@@ -47,11 +47,11 @@ def _expected_class(before: str) -> type | None:
     owners = [owner for owner, _ in places if owner]
     if keys and keys[-1] in ("model", "data"):
         owners = []
-    if owners and keys and (cls := _import(owners[-1])):
+    if owners and keys and (cls := import_class(owners[-1])):
         annotation = get_type_hints(vars(cls)["__init__"]).get(keys[-1].rpartition(".")[2])
         return next((c for c in _classes(annotation) if _subclasses(c)), None)
     unions = re.findall(r"<class '([\w.]+)'>", before)
-    return next((c for c in map(_import, unions) if c is not None and c is not type(None)), None)
+    return next((c for c in map(import_class, unions) if c is not None and c is not type(None)), None)
 
 
 def _classes(annotation: Any) -> list[type]:
@@ -72,7 +72,8 @@ def _parameters(cls: type) -> list[str]:
     return [name for name in inspect.signature(cls).parameters if name not in ("args", "kwargs")]
 
 
-def _import(path: str) -> type | None:
+def import_class(path: str) -> type | None:
+    """The class of an import path, None where there is none."""
     module, _, name = path.rpartition(".")
     try:
         found = getattr(import_module(module), name)
@@ -87,6 +88,11 @@ def _unknown_key(key: str) -> str:
         from lightning.pytorch import Trainer
 
         return _advice(rest.partition(".")[0], "trainer accepts", _parameters(Trainer))
+    sections = ("trainer", "model", "data")
+    if rest:
+        return _advice(first, "Sections", sections)
     return _advice(
-        first, "Top-level keys", ("trainer", "model", "data", "seed_everything", "name", "allow_untrained", "ckpt_path")
+        first,
+        "Top-level keys",
+        (*sections, "seed_everything", "name", "allow_untrained", "ckpt_path", "worker", "mode", "dry_run"),
     )

@@ -11,9 +11,11 @@ from pickle import UnpicklingError
 
 EPILOG = """beside them:
   export CHECKPOINT --to open_clip --out DIR   write the trained encoder as a model that plain open_clip loads
+  repair DIR --encoder NAME                    choose a better image for each caption of a generated data set (SynC)
   recipes list | copy NAME [TARGET]            show or copy the recipes that ship with the package
   doctor                                       say what is installed, and what this machine can do
-exit status: 0 done, 2 bad configuration, 3 a problem of the data, 1 anything else
+exit status: 0 done, 2 bad configuration, 3 a problem of the data,
+             4 done in part (some images failed; the data set's README.md says why), 1 anything else
 """
 
 
@@ -40,6 +42,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return _recipes(args[1:])
     if verb == "export":
         return _export(args[1:])
+    if verb == "repair":
+        return _repair(args[1:])
     return _fit_or_evaluate(given)
 
 
@@ -50,12 +54,11 @@ def _fit_or_evaluate(args: Sequence[str] | None) -> int:
     from gmail_lightning.datasets import DataError
 
     try:
-        GmailCLI.run(args)
+        return GmailCLI.run(args)
     except DataError as error:
         return _fail(3, "Data problem", error)
     except MisconfigurationException as error:
         return _fail(2, "Bad configuration", error)
-    return 0
 
 
 def _fail(status: int, kind: str, error: Exception) -> int:
@@ -78,6 +81,30 @@ def _export(args: list[str]) -> int:
     except (ValueError, OSError, RuntimeError, ImportError, UnpicklingError) as error:
         return _fail(2, "Not exported", error)
     print(f"Wrote {out}")
+    return 0
+
+
+def _repair(args: list[str]) -> int:
+    parser = argparse.ArgumentParser("gmail-lightning repair", description="Re-pairs captions and generated images.")
+    parser.add_argument("folder", type=Path, help="data set that image generation wrote; its manifest gets two columns")
+    parser.add_argument("--encoder", required=True, help="emoji_scorer, a folder, or a tag of --model_name")
+    parser.add_argument("--model_name", help="name of an architecture in open_clip")
+    parser.add_argument("--num_candidates", type=int, default=15, help="images looked at for each caption")
+    given = parser.parse_args(args)
+    from gmail_lightning.datasets import DataError
+    from gmail_lightning.models import OpenCLIPEncoder
+    from gmail_lightning.repair import repair_store
+
+    try:
+        encoder = OpenCLIPEncoder(given.model_name, given.encoder).eval()
+        pairs, changed = repair_store(given.folder, encoder, num_candidates=given.num_candidates)
+    except DataError as error:
+        return _fail(3, "Data problem", error)
+    except (ValueError, OSError, RuntimeError) as error:
+        return _fail(2, "Not repaired", error)
+    print(
+        f"{given.folder}: {pairs} captions, {changed} with another image than their own. Read: TarShards(repaired=True)"
+    )
     return 0
 
 

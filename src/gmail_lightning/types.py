@@ -81,6 +81,7 @@ class ImageTextBatch(TypedDict, total=False):
     image_id: Tensor  # (B,) int64
     pair_id: Tensor  # (B,) int64
     label: Tensor  # (B,) int64, where there are classes
+    weight: Tensor  # (B,) float32, training only: of each row in the loss, where a data set has weights
     source: list[str]  # (B,)
     sample_key: list[str]  # (B,)
     replaced: Tensor  # (B,) bool, training only: the image of the drawn row did not decode and another row stands in

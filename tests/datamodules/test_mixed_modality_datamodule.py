@@ -61,9 +61,12 @@ class Pictures(ImageTextDataset):
 
 
 def pairs(
-    n: int = 22, broken_real: frozenset[int] = frozenset(), broken_generated: frozenset[int] = frozenset()
+    n: int = 22,
+    broken_real: frozenset[int] = frozenset(),
+    broken_generated: frozenset[int] = frozenset(),
+    first: int = 100,
 ) -> list[ImageTextDataset]:
-    ids = list(range(100, 100 + n))
+    ids = list(range(first, first + n))
     return [
         Pictures(0, ids, "real", broken_real),
         Pictures(1, ids[::-1], "one", broken_generated),
@@ -106,7 +109,7 @@ def datamodule(train: list[ImageTextDataset] | None = None, **arguments: Any) ->
         "batch_size": 8,
         "augmentation": v2.ColorJitter(brightness=0.5),
         "generated_augmentation": [v2.RandomHorizontalFlip(), v2.ColorJitter(contrast=0.5)],
-        "val": {"held out": pairs(6)},
+        "val": {"held out": pairs(6, first=10)},
     }
     return MixedModalityDataModule(pairs() if train is None else train, **{**defaults, **arguments})
 
@@ -475,6 +478,8 @@ data:
       - {class_path: EmojiDataset, init_args: {hand: fluent_flat, concept_set: paired, locale: de}}
     val:
       novel: [{class_path: EmojiDataset, init_args: {hand: noto, concept_set: novel}}]
+    allow_overlap:
+      novel: {kinds: [caption, pixels], reason: "families share words, and some drawings are alike"}
     predict: {class_path: EmojiDataset}
     augmentation: {class_path: torchvision.transforms.v2.ColorJitter, init_args: {brightness: 0.2}}
     generated_augmentation:
@@ -491,6 +496,7 @@ data:
     )  # fmt: skip
     module = cli.datamodule
     assert isinstance(module, MixedModalityDataModule)
+    assert module.allow_overlap["novel"].kinds == ["caption", "pixels"]
     module.input_spec = InputSpec(ImageSpec((32, 32)), {"text": TextSpec(encode, 8)})
     module.setup("fit")
     batch = next(iter(module.train_dataloader()))

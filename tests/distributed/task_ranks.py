@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from gmail_lightning.datamodules import MixedModalityDataModule
+from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset
 from gmail_lightning.models import OpenCLIPEncoder
 from gmail_lightning.tasks import AlignmentTask
@@ -46,8 +46,9 @@ def main(devices: int, folder: Path) -> None:
     pl.seed_everything(0)
     task = Counting(OpenCLIPEncoder(config=TINY, merges="emoji"), targets=("q", "v", "fc1"), generated_text_weight=0.5)
     sets = {name: [EmojiDataset(hand, name) for hand in ("noto", "fluent_flat")] for name in ("paired", "novel")}
+    alike = {"novel": AllowedOverlap(["caption", "pixels"], "families share words, and some drawings are alike")}
     data = MixedModalityDataModule(
-        train=sets["paired"], val={"novel": sets["novel"]}, batch_size=32 // devices, eval_batch_size=50
+        sets["paired"], {"novel": sets["novel"]}, batch_size=32 // devices, eval_batch_size=50, allow_overlap=alike
     )
     trainer = pl.Trainer(
         accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=3, max_epochs=-1,

@@ -1,7 +1,9 @@
 """Callbacks: everything that draws, prints or writes files."""
 
+from gmail_lightning.callbacks.dataset_writer import DatasetWriter
 from gmail_lightning.callbacks.modality_gap import ModalityGapReport
 from gmail_lightning.callbacks.predictions import PredictionWriter
 from gmail_lightning.callbacks.progress import SparseProgress
+from gmail_lightning.callbacks.sample_grid import SampleGrid
 
-__all__ = ["ModalityGapReport", "PredictionWriter", "SparseProgress"]
+__all__ = ["DatasetWriter", "ModalityGapReport", "PredictionWriter", "SampleGrid", "SparseProgress"]

@@ -29,6 +29,10 @@ class RowTable:
         self.label: np.ndarray | None = None
         if any(dataset.label is not None for dataset in datasets):
             self.label = np.concatenate([np.full(len(d), -1) if d.label is None else d.label for d in datasets])
+        self.weight: np.ndarray | None = None
+        if any(dataset.weight is not None for dataset in datasets):
+            weights = [np.ones(len(d)) if d.weight is None else d.weight for d in datasets]
+            self.weight = np.concatenate(weights).astype(np.float32)
 
     def __len__(self) -> int:
         return self.starts[-1]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gmail_lightning.datamodules.collate import RowTable, as_is
+from gmail_lightning.datamodules.leakage import AllowedOverlap, check_on_one_process, refuse_unknown_sets
 from gmail_lightning.datamodules.rows import EvaluationRows, TrainRows
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
 from gmail_lightning.samplers.mixed_modality import MixedModalitySampler, UnpaddedDistributedSampler
@@ -65,6 +66,8 @@ class MixedModalityDataModule(LightningDataModule):
         num_workers: Worker processes of each loader.
         max_replaced_fraction: Training stops once more than this share of an epoch's images did not decode.
         seed: Of the order, the captions drawn and the augmentation; by default that of ``seed_everything``, else 0.
+        allow_overlap: By name of an evaluation set, what it shares with ``train`` on purpose (``caption``,
+            ``image_id``, ``pixels``) and why; anything else that it shares is an error in ``fit``.
         input_spec: For use without a task.
     """
 
@@ -83,6 +86,7 @@ class MixedModalityDataModule(LightningDataModule):
         num_workers: int = 0,
         max_replaced_fraction: float = 0.01,
         seed: int | None = None,
+        allow_overlap: dict[str, AllowedOverlap] | None = None,
         input_spec: InputSpec | None = None,
     ) -> None:
         super().__init__()
@@ -99,6 +103,8 @@ class MixedModalityDataModule(LightningDataModule):
         self.generated_augmentation = _as_module(generated_augmentation)
         self.num_workers, self.max_replaced_fraction = num_workers, max_replaced_fraction
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.allow_overlap = dict(allow_overlap or {})
+        refuse_unknown_sets(self.allow_overlap, self._evaluation_sets())
         self.input_spec = input_spec
         self._sampler: MixedModalitySampler | None = None
         self._progress = _fresh_progress()
@@ -109,7 +115,11 @@ class MixedModalityDataModule(LightningDataModule):
         return {stage: list(sets) for stage, sets in self.evaluation.items()}
 
     def setup(self, stage: str) -> None:
-        """Reads what the task asks for, and puts the training data sets end to end."""
+        """Reads what the task asks for, and looks for what training shares with the evaluation sets.
+
+        Raises:
+            DataError: If an evaluation set shares what it does not allow, or a training set is not for training.
+        """
         if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 "overfit_batches would replace the sampler that keeps pairs and shares together. To train on a few "
@@ -121,6 +131,16 @@ class MixedModalityDataModule(LightningDataModule):
             raise ValueError("Without a task the data module needs input_spec=InputSpec(...).")
         if stage == "fit":
             self._sampler, self._progress = None, _fresh_progress()
+            check_on_one_process(self.trainer, self.datasets["train"], self._evaluation_sets(), self.allow_overlap)
+
+    def _evaluation_sets(self) -> dict[str, list[ImageTextDataset]]:
+        """The data sets of ``val`` and ``test``, each once, by name."""
+        sets: dict[str, list[ImageTextDataset]] = {}
+        for stage in self.evaluation.values():
+            for name, datasets in stage.items():
+                known = sets.setdefault(name, [])
+                known += [dataset for dataset in datasets if not any(dataset is other for other in known)]
+        return sets
 
     def _replicas(self) -> tuple[int, int]:
         """Number of processes and number of this one."""
@@ -134,6 +154,7 @@ class MixedModalityDataModule(LightningDataModule):
         """
         if not self.datasets["train"]:
             raise DataError("No training data: give the data module data sets under train.")
+        _tell(self.datasets["train"])
         table = RowTable(self.datasets["train"])
         num_replicas, rank = self._replicas()
         try:
@@ -190,6 +211,7 @@ class MixedModalityDataModule(LightningDataModule):
         return self._evaluation_loader(self.datasets["predict"], None)
 
     def _evaluation_loader(self, datasets: list[ImageTextDataset], name: str | None) -> DataLoader[ImageTextBatch]:
+        _tell(datasets)
         rows = EvaluationRows(RowTable(datasets), self._spec(), name)
         num_replicas, rank = self._replicas()
         if len(rows) < num_replicas:
@@ -266,6 +288,13 @@ class MixedModalityDataModule(LightningDataModule):
             steps = self._sampler.steps_per_epoch
             epoch, step = max(self._progress["epoch"], 0), min(self._progress["step"], steps)
             self._sampler.start_batch = epoch * steps + step
+
+
+def _tell(datasets: list[ImageTextDataset]) -> None:
+    """Shows what the data sets have left out."""
+    for dataset in datasets:
+        if dataset.summary is not None:
+            rank_zero_info(dataset.summary)
 
 
 def _fresh_progress() -> dict[str, int]:

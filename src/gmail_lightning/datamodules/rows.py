@@ -34,6 +34,9 @@ class TrainRows(Dataset[ImageTextBatch]):
         augmentation: nn.Module | None = None,
         generated_augmentation: nn.Module | None = None,
     ) -> None:
+        for dataset in table.datasets:
+            if dataset.not_for_training is not None:
+                raise DataError(f"{type(dataset).__name__} cannot be trained on: {dataset.not_for_training}")
         self.table, self.spec, self.seed, self.pairs = table, spec, seed, pairs
         of_real = [augmentation] if augmentation is not None else []
         of_generated = [*of_real, generated_augmentation] if generated_augmentation is not None else of_real
@@ -64,6 +67,8 @@ class TrainRows(Dataset[ImageTextBatch]):
         batch["caption"] = texts
         batch["replaced"] = torch.from_numpy(replaced)
         batch["replaced_reason"] = reasons
+        if self.table.weight is not None:
+            batch["weight"] = torch.from_numpy(self.table.weight[index])
         return batch
 
     def _image(self, index: int) -> Tensor:

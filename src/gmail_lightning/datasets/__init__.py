@@ -5,13 +5,16 @@ from gmail_lightning.datasets.coco import CocoCaptions
 from gmail_lightning.datasets.emoji import EmojiDataset
 from gmail_lightning.datasets.image_folder import ImageFolder
 from gmail_lightning.datasets.manifest import ManifestDataset
+from gmail_lightning.datasets.tar_shards import Filter, TarShards
 
 __all__ = [
     "CocoCaptions",
     "DataError",
     "EmojiDataset",
+    "Filter",
     "ImageDecodeError",
     "ImageFolder",
     "ImageTextDataset",
     "ManifestDataset",
+    "TarShards",
 ]

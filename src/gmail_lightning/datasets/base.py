@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,6 +19,7 @@ from torchvision.io import decode_image as decode_with_torchvision
 from gmail_lightning.types import ImageTextSample, Modality
 
 ModalityName = Literal["real", "generated"]
+CAPTION_BLOCK = 65_536  # rows whose captions are looked at together
 
 
 class DataError(ValueError):
@@ -85,7 +87,7 @@ def _over_white(image: Tensor) -> Tensor:
     if alpha is not None:
         a = alpha.float() / 255
         color = (color.float() * a + 255 * (1 - a)).round_().to(torch.uint8)
-    return color.expand(3, -1, -1).contiguous()
+    return color if len(color) == 3 else color.expand(3, -1, -1).contiguous()
 
 
 class ImageTextDataset(Dataset[ImageTextSample], ABC):
@@ -100,6 +102,12 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
         pair_id: Equal for a real row and its generated partners, -1 where there is none, shape (N,) int64.
         label: Class of each row, -1 where there is none, shape (N,) int64; None where the data have no classes.
         class_names: Name of each class, or None.
+        split: Split that all rows belong to; None where the data set makes no claim.
+        weight: Weight of each row in the training loss, shape (N,) float32; None where all count alike.
+        summary: A line on what was left out of the files, for the log; None where nothing is to be told.
+        not_for_training: Why no row may be trained on; None where nothing speaks against it.
+        id_space: Empty where equal ``image_id`` mean one real image, whatever the data set. Where ids are made of names
+            that start from a folder, that folder: ``0001.jpg`` below another one is another image.
     """
 
     modality: np.ndarray
@@ -107,6 +115,11 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
     pair_id: np.ndarray
     label: np.ndarray | None = None
     class_names: list[str] | None = None
+    split: str | None = None
+    weight: np.ndarray | None = None
+    summary: str | None = None
+    not_for_training: str | None = None
+    id_space: str = ""
 
     def __len__(self) -> int:
         return len(self.modality)
@@ -130,6 +143,25 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
     def picture(self) -> np.ndarray:
         """Returns a number per row, shape (N,), equal where rows show one file: evaluation takes each file once."""
         return np.arange(len(self))
+
+    def caption_blocks(self) -> Iterator[tuple[pa.Array, np.ndarray]]:
+        """Yields all captions, some at a time: texts (T,), and the row of each (T,) int64, ascending."""
+        for start in range(0, len(self), CAPTION_BLOCK):
+            rows = range(start, min(start + CAPTION_BLOCK, len(self)))
+            found = [self.captions(row) for row in rows]
+            texts = pa.array([text for captions in found for text in captions], pa.string())
+            yield texts, np.repeat(np.array(rows), [len(captions) for captions in found])
+
+    def perceptual_hashes(self) -> np.ndarray | None:
+        """Returns :func:`~gmail_lightning.transforms.image_hash.perceptual_hash` of each row, shape (N,) int64.
+
+        None where that would take decoding every image.
+        """
+        return None
+
+    def columns(self, index: int) -> dict[str, str]:
+        """Returns further columns of a row, which the images generated from it inherit in their manifest."""
+        return {}
 
     def describe(self, index: int) -> str:
         """Names a row in error messages."""

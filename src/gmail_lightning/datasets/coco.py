@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from gmail_lightning.datasets.base import (
+    CAPTION_BLOCK,
     DataError,
     ImageTextDataset,
     ModalityName,
@@ -110,6 +112,11 @@ class CocoCaptions(ImageTextDataset):
 
     def captions(self, index: int) -> list[str]:  # noqa: D102
         return [self._caption[index].as_py()]
+
+    def caption_blocks(self) -> Iterator[tuple[pa.Array, np.ndarray]]:  # noqa: D102
+        for start in range(0, len(self), CAPTION_BLOCK):
+            texts = self._caption[start : start + CAPTION_BLOCK]
+            yield texts, np.arange(start, start + len(texts))
 
     def sample_key(self, index: int) -> str:
         """Returns image id and caption id."""

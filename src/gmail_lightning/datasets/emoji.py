@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from gmail_lightning.datasets.base import ImageTextDataset, ModalityName, constant_modality, decode_image
+from gmail_lightning.transforms.image_hash import perceptual_hash
 
-HANDS = ("noto", "fluent_flat", "fluent", "twemoji", "emojione")
+HANDS = ("noto", "fluent_flat", "fluent", "twemoji", "emojione", "generated")
 CONCEPT_SETS = ("paired", "novel")
 
 # {two} and {three} stand for up to that many keywords, joined as a list in words.
@@ -49,6 +50,12 @@ def _pixels(hand: str, row: int) -> Tensor:
     return decode_image(_read(hand)["image"][row])
 
 
+@cache
+def _hashes(hand: str) -> np.ndarray:
+    """Perceptual hashes of all drawings of a hand, once per process."""
+    return np.array([perceptual_hash(_pixels(hand, row)) for row in range(len(_read(hand)["image"]))])
+
+
 def _in_words(words: list[str], conjunction: str) -> str:
     return conjunction.join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
@@ -56,13 +63,16 @@ def _in_words(words: list[str], conjunction: str) -> str:
 class EmojiDataset(ImageTextDataset):
     """1594 concepts (64 px drawings, not photographs), each drawn once by a hand; ``emojione`` draws 1054 of them.
 
+    ``generated`` are images of 32 px that a diffusion model made of the English captions; it was trained on the other
+    hands and never saw Noto. Each has the caption that it was made of, and several show one concept.
+
     Noto stands for real images, every other hand for a generator. Rows of one concept by several hands are pairs:
     ``pair_id`` and ``image_id`` are the number of the concept. Concepts that are near copies of one another form one
     family; families are divided by a stable hash into ``paired`` (75 %) and ``novel``, which no aligner should see.
     Labels and keywords come from Unicode CLDR, classes are its groups. Licences: ``NOTICE.md`` beside the files.
 
     Args:
-        hand: ``noto``, ``fluent_flat``, ``fluent``, ``twemoji`` or ``emojione``.
+        hand: ``noto``, ``fluent_flat``, ``fluent``, ``twemoji``, ``emojione`` or ``generated``.
         concept_set: ``paired``, ``novel``, or None for all concepts.
         locale: Language of the captions, ``en`` or ``de``.
         modality: Overrides the modality of the hand.
@@ -85,6 +95,8 @@ class EmojiDataset(ImageTextDataset):
         ):
             if value not in known:
                 raise ValueError(f"Unknown {argument} {value!r} of EmojiDataset. Known: {', '.join(map(str, known))}.")
+        if hand == "generated" and locale != "en":
+            raise ValueError(f"The generated images were made of English captions: locale={locale!r} has none.")
         self.hand, self.concept_set, self.locale = hand, concept_set, locale
         concepts = _read("concepts")
         number = {concept: i for i, concept in enumerate(concepts["concept"])}
@@ -109,6 +121,8 @@ class EmojiDataset(ImageTextDataset):
 
     def captions(self, index: int) -> list[str]:
         """Returns one caption per template, in the order of the grammar: the first is the label."""
+        if self.hand == "generated":
+            return [_read(self.hand)["caption"][self._rows[index]]]
         concepts, concept = _read("concepts"), int(self.image_id[index])
         label, group, subgroup = (concepts[f"{c}_{self.locale}"][concept] for c in ("label", "group", "subgroup"))
         tags = [tag for tag in concepts[f"tags_{self.locale}"][concept] if tag.lower() != label.lower()] or [subgroup]
@@ -119,7 +133,18 @@ class EmojiDataset(ImageTextDataset):
         ]
 
     def sample_key(self, index: int) -> str:  # noqa: D102
+        if self.hand == "generated":
+            return f"generated/{_read(self.hand)['key'][self._rows[index]]}"
         return f"{self.hand}/{_read('concepts')['concept'][int(self.image_id[index])]}"
 
     def source(self, index: int) -> str:  # noqa: D102
         return self._source
+
+    def perceptual_hashes(self) -> np.ndarray:  # noqa: D102
+        hashes: np.ndarray = _hashes(self.hand)[self._rows]
+        return hashes
+
+    def columns(self, index: int) -> dict[str, str]:
+        """Returns ``concept``, its code points, and ``concept_set``."""
+        concepts, concept = _read("concepts"), int(self.image_id[index])
+        return {name: concepts[name][concept] for name in ("concept", "concept_set")}

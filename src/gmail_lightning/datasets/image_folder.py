@@ -56,6 +56,7 @@ class ImageFolder(ImageTextDataset):
             label += [number] * len(files)
         self.label = np.array(label, dtype=np.int64)
         self.image_id = stable_ids(self._files)
+        self.id_space = str(self.root.resolve())
         self.pair_id = np.full(len(label), -1)
         self.modality = constant_modality(modality, len(label))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow.compute as pc
 from torch import Tensor
 
 from gmail_lightning.datasets.base import (
+    CAPTION_BLOCK,
     DataError,
     ImageTextDataset,
     ModalityName,
@@ -87,6 +89,8 @@ class ManifestDataset(ImageTextDataset):
             self.image_id = _ids(columns["image_id"])
         else:
             by_row = self._holds_bytes  # of this file: two files of bytes have no image in common
+            if not by_row and not pc.all(pc.match_substring_regex(self._image, "^(/|[A-Za-z]:)")).as_py():
+                self.id_space = str(self.image_root.resolve())
             self.image_id = stable_ids(f"{path}#{i}" for i in range(length)) if by_row else _ids(self._image)
         self.pair_id = _ids(columns["pair_id"]) if "pair_id" in columns else np.full(length, -1)
         if "label" in columns:
@@ -133,6 +137,14 @@ class ManifestDataset(ImageTextDataset):
 
     def captions(self, index: int) -> list[str]:  # noqa: D102
         return [one_line(text) for text in self._caption[index].as_py()]
+
+    def caption_blocks(self) -> Iterator[tuple[pa.Array, np.ndarray]]:  # noqa: D102
+        start = 0
+        for chunk in self._caption.chunks:
+            for offset in range(0, len(chunk), CAPTION_BLOCK):
+                block = chunk.slice(offset, CAPTION_BLOCK)
+                yield block.flatten(), start + offset + pc.list_parent_indices(block).to_numpy().astype(np.int64)
+            start += len(chunk)
 
     def sample_key(self, index: int) -> str:  # noqa: D102
         if self._key is not None:

@@ -2,5 +2,6 @@
 
 from gmail_lightning.losses.alignment import alignment_loss
 from gmail_lightning.losses.contrastive import clip_loss, sigmoid_loss
+from gmail_lightning.losses.diffusion import denoising_loss, min_snr_weight
 
-__all__ = ["alignment_loss", "clip_loss", "sigmoid_loss"]
+__all__ = ["alignment_loss", "clip_loss", "denoising_loss", "min_snr_weight", "sigmoid_loss"]

@@ -1,12 +1,14 @@
 """Encoders, and the adaptation that gives one tower two branches; heavy packages load in the constructors."""
 
 from gmail_lightning.models.base import DualEncoder, GeneratedImages, ImageEncoder, ImageGenerator, LoRATarget
+from gmail_lightning.models.diffusion import DiffusersGenerator
 from gmail_lightning.models.hf_clip import HFCLIPEncoder
 from gmail_lightning.models.lora import add_lora, merge_lora
 from gmail_lightning.models.modality import ModalityEncoder
 from gmail_lightning.models.open_clip import OpenCLIPEncoder
 
 __all__ = [
+    "DiffusersGenerator",
     "DualEncoder",
     "GeneratedImages",
     "HFCLIPEncoder",

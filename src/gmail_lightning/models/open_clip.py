@@ -42,7 +42,7 @@ class OpenCLIPEncoder(DualEncoder):
     Args:
         model_name: Name of an architecture in open_clip, or ``hf-hub:owner/name``.
         pretrained: A tag of ``model_name``; a file of weights; a folder with ``open_clip_config.json`` and weights; or
-            ``emoji``, the small CLIP in this package. None: random weights.
+            ``emoji`` or ``emoji_scorer``, the small CLIPs in this package. None: random weights.
         config: open_clip's model configuration (``embed_dim``, ``vision_cfg``, ``text_cfg``, ``quick_gelu``) in place
             of ``model_name``.
         preprocess: Overrides of ``mean``, ``std``, ``interpolation`` and ``resize_mode`` (shortest, squash, longest).

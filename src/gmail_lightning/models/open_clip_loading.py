@@ -13,8 +13,8 @@ from torch import nn
 
 from gmail_lightning.models.base import Tower
 
-#: The small CLIP that ships with the package.
-EMOJI = Path(__file__).parent / "emoji_clip"
+#: The small CLIPs that ship with the package: one knows the real hand, the other all hands but that.
+SHIPPED = {"emoji": Path(__file__).parent / "emoji_clip", "emoji_scorer": Path(__file__).parent / "emoji_scorer"}
 
 CONFIG, WEIGHTS, MERGES = "open_clip_config.json", "open_clip_model.safetensors", "merges.txt.gz"
 RESIZE_MODES = {"shortest": "crop", "squash": "squash", "longest": "longest"}
@@ -26,7 +26,7 @@ _OFFLINE = (
 
 def find_folder(pretrained: str | None) -> Path | None:
     """Returns the folder that ``pretrained`` names, or None where it names a tag or a file."""
-    folder = EMOJI if pretrained == "emoji" else Path(pretrained) if pretrained and Path(pretrained).is_dir() else None
+    folder = SHIPPED.get(pretrained or "", Path(pretrained) if pretrained and Path(pretrained).is_dir() else None)
     if folder is not None and not (folder / CONFIG).is_file():
         raise ValueError(f"pretrained={pretrained!r}: {folder} has no {CONFIG}.")
     return folder
@@ -157,7 +157,7 @@ def find_merges(merges: str | None, folder: Path | None) -> Path | None:
     """Returns the file of cut merges: the one given, the one in the folder, or None."""
     if merges is None:
         return folder / MERGES if folder is not None and (folder / MERGES).is_file() else None
-    path = EMOJI / MERGES if merges == "emoji" else Path(merges)
+    path = SHIPPED["emoji"] / MERGES if merges == "emoji" else Path(merges)
     if not path.is_file():
         raise ValueError(f"merges={merges!r}: there is no file {path}.")
     return path

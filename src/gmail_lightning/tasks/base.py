@@ -84,6 +84,8 @@ class BaseTask(LightningModule, ABC):
 
     #: True where the loss contrasts rows of one batch, so that accumulating gradients does not enlarge the batch.
     batch_contrastive: ClassVar[bool] = False
+    #: True where ``compute_losses`` weighs the rows by ``batch["weight"]``.
+    uses_weights: ClassVar[bool] = False
     encoder: ImageEncoder
 
     def __init__(
@@ -160,6 +162,11 @@ class BaseTask(LightningModule, ABC):
                 self.metrics[f"{verb}/{name}".replace(".", "_")] = nn.ModuleDict(self.build_metrics())
 
     def _step(self, batch: ImageTextBatch, stage: str) -> Tensor:
+        if "weight" in batch and not self.uses_weights:
+            raise MisconfigurationException(
+                f"{type(self).__name__} does not weigh rows, but a training data set has weights: leave out its weight, "
+                "or use a task whose uses_weights is True."
+            )
         losses = self.compute_losses(batch)
         if "replaced" in batch:
             self._replaced = self._replaced + batch["replaced"].sum()

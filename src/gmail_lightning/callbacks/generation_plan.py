@@ -1,0 +1,124 @@
+"""What is to be generated: which folders are refused, who is in which shard, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from gmail_lightning.datasets.base import DataError
+from gmail_lightning.datasets.shards import RECIPE, Plan, ShardStore, recipe_id
+
+Mode = Literal["incremental", "overwrite", "extend"]
+
+
+def refuse_other_folder(
+    store: ShardStore, mode: Mode, recipe: Mapping[str, Any], storage: Mapping[str, Any], split: str
+) -> None:
+    """Refuses a folder that these images do not belong into; changes nothing.
+
+    Args:
+        store: The folder.
+        mode: See ``DatasetWriter``.
+        recipe: All that the images depend on besides caption and seed.
+        storage: How they are stored.
+        split: What they are for.
+
+    Raises:
+        MisconfigurationException: If another program made the folder or, in mode ``incremental``, another recipe.
+        DataError: If it holds images of another split.
+    """
+    foreign = sorted(p.name for p in store.folder.glob("*") if p.suffix in (".tar", ".parquet"))
+    found = store.read_recipe()  # after the listing: another worker may be beginning, and this file is its first
+    if found is None:
+        if foreign:
+            raise MisconfigurationException(
+                f"{store.folder} holds {foreign[0]}{' and others' if len(foreign) > 1 else ''}, but no {RECIPE}: "
+                "another program made it. Choose another folder."
+            )
+        return
+    if mode == "overwrite":
+        return
+    if found["split"] != split:
+        raise DataError(
+            f"{store.folder} holds images of split {found['split']!r}, and these are of {split!r}: a store holds one "
+            "split, so that images made for evaluation cannot get into training. Choose another folder."
+        )
+    wanted = _plain({"recipe": recipe, "storage": storage})
+    known = [{part: entry[part] for part in wanted} for entry in found["recipes"]]
+    if mode == "extend" or wanted in known:
+        return
+    differing = "; ".join(
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
+        for old, new in ((known[-1][part], wanted[part]) for part in wanted)
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    )
+    raise MisconfigurationException(
+        f"{store.folder} was made by another recipe ({differing}). Add these images by --mode extend, begin anew by "
+        "--mode overwrite, or choose another folder."
+    )
+
+
+def plan_images(
+    store: ShardStore,
+    mode: Mode,
+    recipe: Mapping[str, Any],
+    storage: Mapping[str, Any],
+    split: str,
+    keys: pa.Array,
+) -> None:
+    """Writes down the recipe and plans the keys that are not planned yet; in mode ``overwrite`` after a clearance.
+
+    Independent processes may do it at the same time: they write the same.
+    """
+    store.folder.mkdir(parents=True, exist_ok=True)
+    found = store.read_recipe()
+    if found is not None and mode == "overwrite":
+        store.clear()
+        found = None
+    recipes = [] if found is None else found["recipes"]
+    entry = _plain({"recipe_id": recipe_id(recipe), "recipe": recipe, "storage": storage})
+    if not any(all(old[name] == entry[name] for name in entry) for old in recipes):
+        entry["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+        store.write_recipe({"split": split, "recipes": [*recipes, entry]})
+    plan = store.read_plan()
+    extended = plan.extended(keys, split, storage["shard_size"])
+    if extended is not plan:
+        store.write_plan(extended)
+
+
+def missing_shards(
+    store: ShardStore, plan: Plan, numbers: Sequence[int], keys: pa.Array
+) -> list[tuple[str, np.ndarray]]:
+    """Returns name and images, as positions in ``keys``, of the shards among ``numbers`` that are not complete.
+
+    Raises:
+        DataError: If a shard that is not complete needs an image that is not among the keys.
+    """
+    complete = store.complete(plan.shards)
+    numbers = [number for number in numbers if not complete[number]]
+    if not numbers:
+        return []
+    wanted = pa.concat_arrays([plan.keys[plan.rows(number)] for number in numbers])
+    position = pc.index_in(wanted, value_set=keys)
+    if position.null_count:
+        raise DataError(
+            f"{store.folder}: {position.null_count} images of shards that are not complete, such as "
+            f"{wanted.filter(position.is_null())[0].as_py()}, are not among the prompts of this run. Finish these "
+            "shards with the captions and the recipe they were planned for, or begin anew by --mode overwrite."
+        )
+    ends = np.cumsum([len(range(*plan.rows(number).indices(len(plan)))) for number in numbers])
+    rows = np.split(position.to_numpy().astype(np.int64), ends[:-1])
+    return [(plan.shards[number], part) for number, part in zip(numbers, rows, strict=True)]
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from a JSON file."""
+    return json.loads(json.dumps(value))  # type: ignore[no-any-return]

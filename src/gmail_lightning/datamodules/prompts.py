@@ -1,0 +1,281 @@
+"""From captions to prompts: what the generation of images reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+
+from gmail_lightning.datamodules.leakage import AllowedOverlap, check_leakage, refuse_unknown_sets
+from gmail_lightning.datasets.base import DataError, ImageTextDataset, one_line
+from gmail_lightning.datasets.shards import (
+    image_key,
+    image_keys,
+    image_seed,
+    prompt_id,
+    prompt_number,
+    refuse_foreign_columns,
+)
+from gmail_lightning.types import PromptBatch
+
+
+class PromptTable:
+    """The images to make: ``images_per_caption`` in a row for each prompt, prompts in the order of the data sets.
+
+    A prompt is an image id and a caption; where several rows have both alike, the first stands for all. Columns are
+    arrays, 36 bytes a prompt; captions are read from the data sets when they are needed.
+
+    Args:
+        datasets: Where the captions are.
+        images_per_caption: Number of images of each prompt.
+        captions_per_row: Only so many captions of each row, the first; None takes all.
+        template: What the generator reads; ``{caption}`` stands for the caption.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[ImageTextDataset],
+        images_per_caption: int = 1,
+        captions_per_row: int | None = None,
+        template: str = "{caption}",
+    ) -> None:
+        self.datasets, self.images_per_caption, self.template = list(datasets), images_per_caption, template
+        found = [_prompts(number, dataset, captions_per_row) for number, dataset in enumerate(datasets)]
+        columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+        _, first = np.unique(columns[0], return_index=True)
+        first.sort()
+        #: Rows whose image id and caption an earlier one has.
+        self.repeated = len(columns[0]) - len(first)
+        self.prompt, self.image_id, self.pair_id, self._dataset, self._row, self._caption = (c[first] for c in columns)
+
+    def __len__(self) -> int:
+        return len(self.prompt) * self.images_per_caption
+
+    def keys(self, recipe: str) -> pa.Array:
+        """Names of all images, in order."""
+        return image_keys(self.prompt, self.images_per_caption, recipe)
+
+    def caption(self, index: int) -> str:
+        """The caption of an image, on one line."""
+        prompt = index // self.images_per_caption
+        dataset = self.datasets[self._dataset[prompt]]
+        return one_line(dataset.captions(int(self._row[prompt]))[self._caption[prompt]])
+
+    def key(self, index: int, recipe: str) -> str:
+        """Name of an image."""
+        prompt, image_index = divmod(index, self.images_per_caption)
+        return image_key(prompt_id(int(self.prompt[prompt])), image_index, recipe)
+
+    def columns(self, index: int) -> dict[str, Any]:
+        """What the manifest takes over from the row behind an image."""
+        prompt, image_index = divmod(index, self.images_per_caption)
+        return {
+            "prompt_id": prompt_id(int(self.prompt[prompt])),
+            "image_index": image_index,
+            "image_id": int(self.image_id[prompt]),
+            "pair_id": int(self.pair_id[prompt]),
+            **self.datasets[self._dataset[prompt]].columns(int(self._row[prompt])),
+        }
+
+    def batch(self, shard: str, rows: np.ndarray, recipe: str) -> PromptBatch:
+        """The prompts of some images of a shard."""
+        index = rows.tolist()
+        captions = [self.caption(i) for i in index]
+        return PromptBatch(
+            shard=shard,
+            row=index,
+            prompt=[self.template.replace("{caption}", caption) for caption in captions],
+            caption=captions,
+            seed=[image_seed(self.key(i, recipe)) for i in index],
+        )
+
+
+def _prompts(number: int, dataset: ImageTextDataset, captions_per_row: int | None) -> tuple[np.ndarray, ...]:
+    """Columns of the prompts of one data set: prompt, image id, pair id, data set, row, number of the caption."""
+    if len(dataset):
+        refuse_foreign_columns(dataset.columns(0))
+    chunks = [[np.empty(0, dtype) for dtype in (np.uint64, np.int64, np.int16)]]
+    for texts, row in dataset.caption_blocks():
+        caption = np.arange(len(row)) - np.searchsorted(row, row)  # number of the caption within its row
+        keep = caption < (captions_per_row or len(row))
+        row, caption = row[keep], caption[keep]
+        prompts = np.empty(len(row), np.uint64)
+        image_ids = dataset.image_id[row].tolist()
+        for i, (image_id, text) in enumerate(zip(image_ids, texts.filter(pa.array(keep)).to_pylist(), strict=True)):
+            if not text.strip():
+                raise DataError(f"{dataset.describe(int(row[i]))}: caption {caption[i] + 1} is blank: no prompt.")
+            prompts[i] = prompt_number(image_id, text)
+        chunks.append([prompts, row, caption.astype(np.int16)])
+    prompt, row, caption = (np.concatenate(column) for column in zip(*chunks, strict=True))
+    image_id, pair_id = (np.asarray(column, dtype=np.int64)[row] for column in (dataset.image_id, dataset.pair_id))
+    return prompt, image_id, pair_id, np.full(len(row), number, np.int16), row, caption
+
+
+class PromptBatches:
+    """Batches of prompts, shard by shard; no batch holds prompts of two shards. Each pass begins anew."""
+
+    def __init__(self, table: PromptTable, recipe: str, shards: list[tuple[str, np.ndarray]], batch_size: int) -> None:
+        self.table, self.recipe, self.shards, self.batch_size = table, recipe, shards, batch_size
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for shard, rows in self.shards:
+            for start in range(0, len(rows), self.batch_size):
+                yield self.table.batch(shard, rows[start : start + self.batch_size], self.recipe)
+
+
+class PromptDataModule(LightningDataModule):
+    """Feeds the generation of images with the captions of data sets.
+
+    What is generated for training (``split="train"``) must not repeat what a model is tested with: captions and image
+    ids are checked against the evaluation sets before the first image, and a repetition that is not allowed is an
+    error. Pairs for evaluation are generated apart, under the name of their split, and no store holds two splits.
+
+    An image is named by a hash of (image id, caption), its number and the recipe, and its seed is a hash of that name:
+    neither the order of the captions nor their path, the batch size or the number of workers changes an image.
+
+    Args:
+        captions: Data sets whose captions are to become images.
+        split: What the images are for: ``train``, ``val``, ``test`` or another name of letters, digits and ``_``.
+        evaluation: Named data sets that images for training must not repeat. Needed for ``train``: ``{}`` says that
+            there are none.
+        allow_overlap: By name of an evaluation set, what it shares with training on purpose, and why.
+        images_per_caption: Number of images of each caption, up to 1000.
+        captions_per_row: Only so many captions of each row, the first; None takes all.
+        prompt_template: What the generator reads; ``{caption}`` stands for the caption. Part of the recipe.
+        batch_size: Images that a device makes together.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        captions: list[ImageTextDataset] | ImageTextDataset,
+        split: str = "train",
+        evaluation: dict[str, list[ImageTextDataset]] | None = None,
+        allow_overlap: dict[str, AllowedOverlap] | None = None,
+        images_per_caption: int = 1,
+        captions_per_row: int | None = None,
+        prompt_template: str = "{caption}",
+        batch_size: int = 8,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("images_per_caption", images_per_caption),
+            ("captions_per_row", 1 if captions_per_row is None else captions_per_row),
+            ("batch_size", batch_size),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}={value}: give a positive number.")
+        if images_per_caption > 1000:
+            raise ValueError(f"images_per_caption={images_per_caption}, but at most 1000 are numbered.")
+        if "{caption}" not in prompt_template:
+            raise ValueError(f"prompt_template={prompt_template!r} has no {{caption}} in it.")
+        if not split.isidentifier():
+            raise ValueError(f"split={split!r}: it becomes part of file names; use letters, digits and _.")
+        refuse_unknown_sets(allow_overlap or {}, evaluation or {})
+        self.captions = [captions] if isinstance(captions, ImageTextDataset) else list(captions)
+        self.split, self.evaluation, self.allow_overlap = split, evaluation, allow_overlap or {}
+        self.images_per_caption, self.captions_per_row = images_per_caption, captions_per_row
+        self.prompt_template, self.batch_size = prompt_template, batch_size
+        #: What is shared with the evaluation sets, in words; for the card.
+        self.leakage: list[str] = []
+        self._table: PromptTable | None = None
+        self._batches: PromptBatches | None = None
+
+    @property
+    def table(self) -> PromptTable:
+        """All images to make."""
+        if self._table is None:
+            raise ValueError("The data module was not set up: call setup('predict').")
+        return self._table
+
+    def setup(self, stage: str) -> None:
+        """Checks the captions against the evaluation sets, then lists the prompts.
+
+        Raises:
+            DataError: If there is nothing to generate, the evaluation sets of a training split are not named, or one of
+                them shares captions or images with it that it does not allow.
+        """
+        if stage != "predict":
+            raise MisconfigurationException(f"PromptDataModule feeds predict, not {stage}.")
+        if not any(map(len, self.captions)):
+            raise DataError("Nothing to generate: give the data module data sets under captions.")
+        self._check_leakage()
+        self._table = PromptTable(self.captions, self.images_per_caption, self.captions_per_row, self.prompt_template)
+        repeated = f", {self._table.repeated} repeated ones left out" if self._table.repeated else ""
+        rank_zero_info(
+            f"Split {self.split!r}: {len(self._table.prompt)} prompts{repeated}, {len(self._table)} images to make."
+        )
+
+    def _check_leakage(self) -> None:
+        if self.split != "train":
+            return
+        if self.evaluation is None:
+            raise DataError(
+                "Images for training are checked against the evaluation sets before the first is made: name these "
+                "under evaluation ({} says that there are none). For evaluation pairs, give split another name."
+            )
+        fault: str | None = None
+        if self.trainer is None or self.trainer.is_global_zero:
+            try:
+                found = check_leakage(self.captions, self.evaluation, self.allow_overlap, ("caption", "image_id"))
+                self.leakage = [str(overlap) for overlap in found] or ["No evaluation sets were named."]
+            except DataError as error:
+                fault = str(error)
+        if self.trainer is not None:
+            fault = self.trainer.strategy.broadcast(fault)
+        if fault is not None:
+            raise DataError(fault)
+        for line in self.leakage:
+            rank_zero_info(f"Leakage: {line}")
+
+    def evaluation_hashes(self) -> tuple[dict[str, tuple[list[str], np.ndarray]], list[str]]:
+        """Sample keys and perceptual hashes of the evaluation sets that images for training are compared with.
+
+        Returns:
+            By name of the set; and a line for each set that is not compared, with the reason.
+        """
+        hashes: dict[str, tuple[list[str], np.ndarray]] = {}
+        notes = []
+        for name, datasets in (self.evaluation or {}).items() if self.split == "train" else ():
+            columns = [dataset.perceptual_hashes() for dataset in datasets]
+            if name in self.allow_overlap and "pixels" in self.allow_overlap[name].kinds:
+                notes.append(f"{name}: generated images may look like its images ({self.allow_overlap[name].reason})")
+            elif any(column is None for column in columns):
+                notes.append(f"{name}: images not compared, its data set knows no perceptual hashes")
+            else:
+                keys = [dataset.sample_key(row) for dataset in datasets for row in range(len(dataset))]
+                hashes[name] = keys, np.concatenate([column for column in columns if column is not None])
+                notes.append(f"{name}: generated images were compared with its {len(keys)} images (near_evaluation)")
+        return hashes, notes
+
+    def schedule(self, recipe: str, shards: list[tuple[str, np.ndarray]]) -> None:
+        """Says what this process makes; the writer does it, which knows what is there.
+
+        Args:
+            recipe: Id of the recipe.
+            shards: Name and numbers in the table of the images of each shard, in the order in which they are made.
+        """
+        self._batches = PromptBatches(self.table, recipe, shards, self.batch_size)
+
+    def predict_dataloader(self) -> PromptBatches:
+        """Returns what ``schedule`` said. It has no length, so that a process with nothing to do comes to an end too.
+
+        Raises:
+            MisconfigurationException: If there is no writer.
+        """
+        if self._batches is None:
+            raise MisconfigurationException(
+                "PromptDataModule needs the callback DatasetWriter under trainer.callbacks: it says what is missing."
+            )
+        return self._batches
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Returns the batch: strings and numbers."""
+        return batch

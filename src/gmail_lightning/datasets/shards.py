@@ -1,0 +1,328 @@
+"""The store that the generation of images writes: tar shards, one row per image, and the plan of what is where."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import socket
+import tarfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from gmail_lightning.datasets.audit import audit_rows
+from gmail_lightning.datasets.base import DataError, one_line
+
+logger = logging.getLogger(__name__)
+
+#: Columns of the manifest; those of ``ImageTextDataset.columns`` follow, as strings.
+SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("key", "shard", "split", "modality", "prompt_id")]
+    + [("image_index", pa.int32()), ("image_id", pa.int64()), ("pair_id", pa.int64())]
+    + [("caption", pa.string()), ("prompt", pa.string()), ("truncated", pa.bool_())]
+    + [(name, pa.string()) for name in ("generator", "revision", "scheduler")]
+    + [("steps", pa.int32()), ("guidance", pa.float64()), ("seed", pa.int64()), ("size", pa.string())]
+    + [("status", pa.string()), ("reason", pa.string()), ("flagged", pa.bool_())]
+    + [("pixel_mean", pa.float64()), ("pixel_std", pa.float64())]
+    + [("exact_hash", pa.string()), ("perceptual_hash", pa.int64())]
+    + [("clip_score", pa.float64()), ("clip_score_reason", pa.string())]
+    + [("duplicate_of", pa.string()), ("created", pa.string())]
+)
+AUDITED = ("status", "reason", "duplicate_of")  # set by the pass over all rows
+COMPARED = ("key", "exact_hash", "perceptual_hash", *AUDITED)  # read by it
+MANIFEST, PLAN, RECIPE, CARD = "manifest.parquet", "plan.parquet", "recipe.json", "README.md"
+TEMPORARY = ".tmp-"
+ROW_GROUP = 65_536
+
+
+# Names
+
+
+def prompt_number(image_id: int, caption: str) -> int:
+    """The number behind a prompt id: a hash of the image that a caption belongs to, and of the caption on one line."""
+    digest = hashlib.blake2b(f"{image_id} {one_line(caption)}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def prompt_id(number: int) -> str:
+    """Sixteen hexadecimal digits."""
+    return f"{number:016x}"
+
+
+def recipe_id(recipe: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits: a hash of all that images depend on besides caption and seed, in any order."""
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def image_key(prompt: str, image_index: int, recipe: str) -> str:
+    """Name of an image: it depends on what the image is, not on where, when or in which order it is made."""
+    return f"{prompt}-{image_index:03d}-{recipe}"
+
+
+def image_keys(prompts: np.ndarray, images_per_prompt: int, recipe: str) -> pa.Array:
+    """:func:`image_key` of the numbers (P,) of prompts, all images of a prompt in a row, as P * k strings."""
+    count = len(prompts) * images_per_prompt
+    digits = np.frombuffer(prompts.astype(">u8").tobytes().hex().encode(), np.uint8).reshape(-1, 16)
+    endings = "".join(image_key("", i, recipe) for i in range(images_per_prompt)).encode()
+    ending = np.frombuffer(endings, np.uint8).reshape(images_per_prompt, -1)
+    letters = np.concatenate(
+        [digits.repeat(images_per_prompt, axis=0), np.tile(ending, (len(prompts), 1))], axis=1
+    )  # (P * k, 29), ASCII
+    offsets = np.arange(count + 1, dtype=np.int64) * letters.shape[1]
+    return pa.LargeStringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(letters))
+
+
+def image_seed(key: str) -> int:
+    """A seed of 63 bits, from the name of the image: the prompt, the number of the image and the recipe."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+
+
+# The plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which image belongs to which shard: a shard holds consecutive keys.
+
+    Attributes:
+        keys: All N keys, shard by shard.
+        shards: Names of the S shards.
+        starts: First key of each shard and N, shape (S + 1,).
+    """
+
+    keys: pa.Array
+    shards: list[str]
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def rows(self, number: int) -> slice:
+        """Where the keys of a shard are."""
+        return slice(int(self.starts[number]), int(self.starts[number + 1]))
+
+    def sizes(self) -> dict[str, int]:
+        """Number of keys of each shard."""
+        return dict(zip(self.shards, np.diff(self.starts).tolist(), strict=True))
+
+    def extended(self, keys: pa.Array, split: str, shard_size: int) -> Plan:
+        """The plan with new shards at its end for those ``keys`` that it lacks, in their order."""
+        new = keys.filter(pc.invert(pc.is_in(keys, value_set=self.keys))) if len(self) else keys
+        if not len(new):
+            return self
+        starts = np.append(np.arange(0, len(new), shard_size), len(new)) + len(self)
+        first = len(self.shards)
+        names = [f"{split}-{first + i:06d}" for i in range(len(starts) - 1)]
+        return Plan(pa.concat_arrays([self.keys, new]), [*self.shards, *names], np.append(self.starts, starts[1:]))
+
+
+EMPTY = Plan(pa.array([], pa.large_string()), [], np.zeros(1, dtype=np.int64))
+
+
+# The folder
+
+
+class ShardStore:
+    """A folder of shards.
+
+    ``<shard>.tar`` holds ``<key>.webp`` (or png, jpg), ``<key>.txt`` and ``<key>.json`` of each image; beside it
+    ``<shard>.parquet`` holds a row per image, failed ones included, and says that the shard is complete. A row's status
+    there, and in the ``.json``, is what its own picture shows; ``manifest.parquet`` has all rows, after the pass over
+    the whole set. Files come into being under a temporary name, so what has its name is whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read_recipe(self) -> dict[str, Any] | None:
+        """What ``recipe.json`` holds, None where there is none."""
+        path = self.folder / RECIPE
+        return json.loads(path.read_text()) if path.exists() else None  # type: ignore[no-any-return]
+
+    def write_recipe(self, recipe: Mapping[str, Any]) -> None:
+        """Writes ``recipe.json``."""
+        self.write_text(RECIPE, json.dumps(recipe, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a text file, whole or not at all."""
+        path = temporary(self.folder / name)
+        path.write_text(text)
+        path.replace(self.folder / name)
+
+    def read_plan(self) -> Plan:
+        """The plan, empty where there is none."""
+        path = self.folder / PLAN
+        if not path.exists():
+            return EMPTY
+        table = pq.read_table(path, read_dictionary=["shard"], partitioning=None)
+        shard = table["shard"].combine_chunks()
+        codes = np.asarray(shard.indices)
+        first = np.flatnonzero(np.diff(codes, prepend=-1))
+        names = shard.dictionary.take(pa.array(codes[first])).to_pylist()
+        return Plan(table["key"].combine_chunks().cast(pa.large_string()), names, np.append(first, len(table)))
+
+    def write_plan(self, plan: Plan) -> None:
+        """Writes the plan: the same file for the same plan, so that several processes may do it."""
+        codes = np.repeat(np.arange(len(plan.shards), dtype=np.int32), np.diff(plan.starts))
+        shard = pa.DictionaryArray.from_arrays(codes, pa.array(plan.shards, pa.string()))
+        write_table(pa.table({"key": plan.keys, "shard": shard}), self.folder / PLAN)
+
+    def complete(self, shards: Iterable[str]) -> list[bool]:
+        """Whether each shard is complete."""
+        there = {entry.name for entry in os.scandir(self.folder)} if self.folder.is_dir() else set()
+        return [f"{shard}.parquet" in there for shard in shards]
+
+    def clear(self) -> None:
+        """Removes the files that generation wrote here, and no other; the folder knows them until the last is gone."""
+        shards = set(self.read_plan().shards)
+        for name in (MANIFEST, CARD):
+            (self.folder / name).unlink(missing_ok=True)
+        for path in list(self.folder.iterdir()):
+            if path.suffix in (".tar", ".parquet") and path.stem in shards:
+                path.unlink(missing_ok=True)
+        self.remove_temporary(shards, age=0)
+        for name in (PLAN, RECIPE):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def remove_temporary(self, shards: Iterable[str], age: float = 3600) -> None:
+        """Removes what killed runs left of the given shards, and of the other files what is older than ``age`` seconds:
+        another worker may be writing the same manifest.
+        """
+        ours = {f"{shard}{suffix}" for shard in shards for suffix in (".tar", ".parquet")}
+        for path in list(self.folder.iterdir()):
+            name, mark, _ = path.name.partition(TEMPORARY)
+            if not mark or name not in {*ours, MANIFEST, PLAN, RECIPE, CARD}:
+                continue
+            if name in ours or time.time() - path.stat().st_mtime >= age:
+                path.unlink(missing_ok=True)
+
+    def merge(
+        self,
+        shards: list[str],
+        evaluation: Mapping[str, tuple[list[str], np.ndarray]],
+        max_distance: int | None,
+    ) -> None:
+        """Audits the rows of all shards against one another and writes the manifest, sorted by shard and key.
+
+        Two passes over the shards, so that only what is compared is ever in memory at once. Columns that were added to
+        an earlier manifest of the very same images (``gmail-lightning repair``) are kept.
+        """
+        schema, compared = SCHEMA, []
+        for shard in shards:
+            file = pq.ParquetFile(self.folder / f"{shard}.parquet")
+            schema = pa.unify_schemas([schema, file.schema_arrow])
+            compared.append(file.read(columns=list(COMPARED)).sort_by("key"))
+        audited = audit_rows(pa.concat_tables(compared), evaluation, max_distance=max_distance)
+        further = sorted(set(schema.names) - set(SCHEMA.names))
+        schema = pa.schema([*SCHEMA, *(schema.field(name) for name in further)])
+        path = temporary(self.folder / MANIFEST)
+        with pq.ParquetWriter(path, schema) as writer:
+            for rows in self._rows(shards, schema, audited):
+                writer.write_table(rows, row_group_size=ROW_GROUP)
+        self._keep_added(path)
+        path.replace(self.folder / MANIFEST)
+
+    def _keep_added(self, path: Path) -> None:
+        """Copies columns of the present manifest that the new one at ``path`` lacks, if both hold the same images."""
+        if not (self.folder / MANIFEST).is_file():
+            return
+        before = pq.ParquetFile(self.folder / MANIFEST)
+        added = [name for name in before.schema_arrow.names if name not in pq.read_schema(path).names]
+        if not added:
+            return
+        old, new = before.read(["key", *added]), pq.read_table(path, partitioning=None)
+        if not old["key"].combine_chunks().equals(new["key"].combine_chunks()):
+            logger.warning("%s: other images than before, so %s are gone.", self.folder / MANIFEST, ", ".join(added))
+            return
+        for name in added:
+            new = new.append_column(name, old[name])
+        pq.write_table(new, path, row_group_size=ROW_GROUP)
+
+    def _rows(self, shards: list[str], schema: pa.Schema, audited: pa.Table) -> Iterator[pa.Table]:
+        """All rows with what the audit says, in row groups of many shards."""
+        parts, start = [], 0
+        for number, shard in enumerate(shards, 1):
+            rows = pq.read_table(self.folder / f"{shard}.parquet", schema=schema, partitioning=None).sort_by("key")
+            for name in AUDITED:
+                column = audited[name].slice(start, len(rows))
+                rows = rows.set_column(schema.get_field_index(name), schema.field(name), column)
+            start += len(rows)
+            parts.append(rows)
+            if number == len(shards) or sum(map(len, parts)) >= ROW_GROUP:
+                yield pa.concat_tables(parts).combine_chunks()
+                parts = []
+
+
+class ShardFile:
+    """A shard in the making. ``close`` gives the tar its name, then writes the rows that say it is complete."""
+
+    def __init__(self, folder: Path, shard: str) -> None:
+        self.path, self.rows = folder / f"{shard}.tar", list[dict[str, Any]]()
+        self._temporary = temporary(self.path)
+        self._file = self._temporary.open("wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def add(self, row: dict[str, Any], image: bytes | None, suffix: str) -> None:
+        """Adds a row, and its image where there is one."""
+        self.rows.append(row)
+        if image is None:
+            return
+        texts = {"txt": row["caption"].encode(), "json": json.dumps(row).encode()}
+        for name, data in {suffix: image, **texts}.items():
+            member = tarfile.TarInfo(f"{row['key']}.{name}")
+            member.size = len(data)
+            self._tar.addfile(member, io.BytesIO(data))
+
+    def close(self) -> None:
+        """Completes the shard."""
+        further = sorted({name for row in self.rows for name in row} - set(SCHEMA.names))
+        schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in further)])
+        table = pa.Table.from_pylist(self.rows, schema)
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._temporary.replace(self.path)
+        write_table(table, self.path.with_suffix(".parquet"))
+
+    def discard(self) -> None:
+        """Removes what there is of the shard."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def temporary(path: Path) -> Path:
+    """A name beside ``path`` that no other process uses and every reader ignores."""
+    return path.with_name(f"{path.name}{TEMPORARY}{socket.gethostname()}-{os.getpid()}")
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Writes a Parquet file, whole or not at all."""
+    part = temporary(path)
+    with part.open("wb") as file:
+        pq.write_table(table, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def refuse_foreign_columns(names: Iterable[str]) -> None:
+    """Refuses columns of a data set that the manifest has itself.
+
+    Raises:
+        DataError: Naming them.
+    """
+    clash = sorted(set(names) & set(SCHEMA.names))
+    if clash:
+        raise DataError(f"The manifest has columns of its own named {', '.join(clash)}: rename those of the data set.")

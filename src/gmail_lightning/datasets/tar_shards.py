@@ -1,0 +1,299 @@
+"""Random access into webdataset tars: this project's stores of generated images, and folders like img2dataset's."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from gmail_lightning.datasets.base import (
+    DataError,
+    ImageTextDataset,
+    ModalityName,
+    constant_modality,
+    decode_image,
+    one_line,
+)
+from gmail_lightning.datasets.shards import MANIFEST, PLAN, RECIPE, SCHEMA
+from gmail_lightning.datasets.tar_files import find_tars, read_member
+from gmail_lightning.datasets.tar_rows import REPAIRED, read_manifest, repaired_rows, store_rows, webdataset_rows
+from gmail_lightning.types import Modality
+
+CLIP_SCORE_SCALE, ALPHA = 2.5, 2.5  # w of CLIPScore (Hessel et al. 2021), alpha of PCM-Net's weights
+DEFECTS = ("no image", "no caption", "unreadable text")  # reasons that nobody asked for
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which rows of a store are used: a view, nothing is written.
+
+    The conditions apply one after the other: ``statuses``, ``min_clip_score``, then ``top_share`` of what is left.
+
+    Attributes:
+        min_clip_score: Least CLIPScore; rows without a score are left out, too.
+        statuses: ``ok``, ``rejected``, or both. With ``rejected`` the data set cannot be trained on.
+        top_share: Share of the rows to keep, the best by CLIPScore, or by ``repair_score`` where pairs are repaired
+            (SynC keeps 0.9); of equal scores the earlier row. Rows without a score are left out, too.
+    """
+
+    min_clip_score: float | None = None
+    statuses: list[str] = field(default_factory=lambda: ["ok"])
+    top_share: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.statuses or set(self.statuses) - {"ok", "rejected"}:
+            raise ValueError(f"Filter.statuses is {self.statuses}: use 'ok', 'rejected' or both (failed has no image).")
+        if self.top_share is not None and not 0 < self.top_share <= 1:
+            raise ValueError(f"Filter.top_share is {self.top_share}, but it is a share above 0 and up to 1.")
+
+
+class TarShards(ImageTextDataset):
+    """Rows of uncompressed webdataset tars, each read at its place by an index that is built once.
+
+    A folder with ``manifest.parquet`` is a store that image generation wrote: captions, ids and what the audit found
+    come from the manifest. Any other is read as img2dataset leaves it: ``{key}.jpg`` (png, webp, ...), ``{key}.txt``,
+    ``{key}.json``. There the caption is the text or else ``caption`` of the record; ``image_id`` (else a hash of the
+    key), ``pair_id``, ``clip_score`` and ``status`` come from the Parquet file beside the tar, else from the records.
+    What was not downloaded is left out. A key ends at the first dot of a member's name.
+
+    The index is ``index.parquet`` in the folder, or, where that cannot be written, a file in the folder that
+    ``GMAIL_LIGHTNING_CACHE`` names, by default in the user's cache. A tar that has changed is indexed again. Columns
+    stay in Arrow and numpy memory; images are read when they are asked for. What is left out is counted by its reason
+    in ``dropped`` and ``summary``, which the data module shows.
+
+    Args:
+        path: A folder, one tar, or a pattern within one folder: ``shards/{00000..00041}.tar``, ``shards/*.tar``.
+        filter: Which rows are used; by default those whose status is ok.
+        split: The split to read of a store that holds several; of other folders, the split that they are.
+        modality: ``real`` or ``generated``, over what the manifest says; needed where there is none.
+        source: Name of the generator, over what the manifest says.
+        weight: ``clip_score`` gives each row the weight clamp(CLIPScore / 2.5 * alpha, 0, 1) with alpha 2.5 (PCM-Net).
+        repaired: Shows each caption with the image that ``gmail-lightning repair`` chose for it (SynC). ``pair_id``
+            stays that of the caption, for whose real image the chosen one now stands; ``image_id`` is that of the
+            chosen image, so that captions that share an image are not negatives of one another.
+
+    Raises:
+        DataError: If tars, columns or images are missing, damaged or stand twice, or no row is left; says what to do.
+        ValueError: If arguments contradict one another.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        filter: Filter | None = None,
+        split: str | None = None,
+        modality: ModalityName | None = None,
+        source: str | None = None,
+        weight: Literal["clip_score"] | None = None,
+        repaired: bool = False,
+    ) -> None:
+        chosen = Filter() if filter is None else filter
+        if weight not in (None, "clip_score"):
+            raise ValueError(f"Unknown weight {weight!r}: use 'clip_score', or leave it out.")
+        if repaired and (weight is not None or chosen.min_clip_score is not None):
+            raise ValueError("A clip_score is that of a caption's own image, so it says nothing with repaired=True.")
+        self.path = str(path)
+        tars = find_tars(path)
+        self.folder = tars[0].parent
+        self.is_store = (self.folder / MANIFEST).is_file()
+        if not self.is_store and any((self.folder / name).is_file() for name in (PLAN, RECIPE)):
+            raise DataError(
+                f"{self.folder}: image generation is not finished, for there is no {MANIFEST}. Run its command again: "
+                "it makes what is missing and writes the manifest at the end."
+            )
+        score = "repair_score" if repaired else "clip_score"
+        if self.is_store:
+            needs_score = weight is not None or chosen.min_clip_score is not None or chosen.top_share is not None
+            scores = list(REPAIRED) if repaired else ["clip_score"] if needs_score else []
+            all_tars = Path(path).is_dir()
+            if repaired and not all_tars:
+                raise DataError(
+                    f"{path}: repaired=True needs the whole folder, for the chosen image may be in any tar."
+                )
+            found = store_rows(tars, all_tars, scores)
+            found = repaired_rows(found, self.folder) if repaired else found
+        elif repaired:
+            raise DataError(f"{path}: repaired=True needs a store of image generation, and there is no {MANIFEST}.")
+        else:
+            found = webdataset_rows(tars)
+        rows, self._tars, self._stamps = found.columns, found.tars, found.stamps
+        if self.is_store:
+            self._check_split(rows, split)
+        keep, self.dropped = choose(rows, chosen, split if self.is_store else None, score)
+        self.summary = self._tell(len(rows), int(keep.sum()), found.unlisted)
+        if "rejected" in chosen.statuses:
+            self.not_for_training = f"{self.path} is read with rejected images. Leave only 'ok' in Filter.statuses."
+        self._take(rows.filter(pa.array(keep)), modality, source)
+        self.split = rows["split"][int(np.argmax(keep))].as_py() if self.is_store else split
+        if weight is not None:
+            self.weight = self._weights(rows.filter(pa.array(keep))["clip_score"])
+
+    def _check_split(self, rows: pa.RecordBatch, split: str | None) -> None:
+        known = sorted(pc.unique(rows["split"].cast(pa.string())).to_pylist(), key=str)
+        if split is None and len(known) > 1:
+            raise DataError(
+                f"{self.path} holds several splits: name one by split=. There are {', '.join(map(str, known))}."
+            )
+        if split is not None and split not in known:
+            raise DataError(f"{self.path}: unknown split {split!r}. There are {', '.join(map(str, known))}.")
+
+    def _tell(self, total: int, kept: int, unlisted: int) -> str:
+        dropped = ", ".join(f"{number:,} {reason}" for reason, number in self.dropped.items())
+        summary = f"TarShards({self.path}): {total:,} rows, {kept:,} used" + (
+            f"; dropped: {dropped}" if dropped else ""
+        )
+        if unlisted:
+            summary += f"; {unlisted:,} keys of the tars are not in the manifest"
+        if not kept:
+            raise DataError(f"{summary}. No rows are left: relax the filter, or look into the reasons.")
+        if unlisted or any(reason in DEFECTS for reason in self.dropped):
+            logger.warning("%s", summary)  # all else is told by the data module
+        return summary
+
+    def _take(self, rows: pa.RecordBatch, modality: ModalityName | None, source: str | None) -> None:
+        """Keeps the columns of the rows in use."""
+        self._key, self._caption = rows["key"], rows["caption"]
+        names = ("tar", "offset", "size", "picture", "row", "json_offset", "json_size")
+        self._tar, self._offset, self._size, self._picture, self._row, self._json_offset, self._json_size = (
+            rows[name].fill_null(-1).to_numpy() for name in names
+        )
+        self.image_id, self.pair_id = (rows[name].fill_null(-1).to_numpy() for name in ("image_id", "pair_id"))
+        if modality is not None:
+            self.modality = constant_modality(modality, len(rows))
+        elif self.is_store:
+            name = rows["modality"].cast(pa.string())
+            number = pc.index_in(name, value_set=pa.array([m.name.lower() for m in Modality]))
+            if number.null_count:
+                unknown = name.filter(pc.is_null(number))[0].as_py()
+                raise DataError(f"{self.folder / MANIFEST}: unknown modality {unknown!r}. Use real or generated.")
+            self.modality = number.to_numpy().astype(np.int64)
+        else:
+            raise DataError(f"{self.path}: there is no {MANIFEST}: say modality='real' or 'generated'.")
+        generator = rows["generator"] if self.is_store and source is None else pa.repeat(source, len(rows))
+        names = pc.fill_null(generator.cast(pa.string()), "generated").dictionary_encode()
+        self._sources = ["real", *names.dictionary.to_pylist()]
+        self._source = np.where(self.modality == Modality.REAL, 0, names.indices.to_numpy() + 1)
+
+    def _weights(self, score: pa.Array) -> np.ndarray:
+        if score.null_count:
+            raise DataError(
+                f"{self.path}: {score.null_count:,} rows in use have no clip_score to weigh them by. Score them, leave "
+                "them out by Filter(min_clip_score=0), or leave out weight."
+            )
+        weight: np.ndarray = np.clip(score.to_numpy() / CLIP_SCORE_SCALE * ALPHA, 0, 1).astype(np.float32)
+        return weight
+
+    def read_image(self, index: int) -> Tensor:  # noqa: D102
+        return decode_image(self._read(index, self._offset, self._size))
+
+    def _read(self, index: int, offset: np.ndarray, size: np.ndarray) -> bytes:
+        tar = self._tar[index]
+        return read_member(self._tars[tar], self._stamps[tar], int(offset[index]), int(size[index]))
+
+    def captions(self, index: int) -> list[str]:  # noqa: D102
+        return [one_line(self._caption[index].as_py())]
+
+    def sample_key(self, index: int) -> str:  # noqa: D102
+        return str(self._key[index].as_py())
+
+    def source(self, index: int) -> str:  # noqa: D102
+        return str(self._sources[self._source[index]])
+
+    def picture(self) -> np.ndarray:  # noqa: D102
+        picture: np.ndarray = self._picture
+        return picture
+
+    def describe(self, index: int) -> str:  # noqa: D102
+        return f"{self._tars[self._tar[index]]} key {self.sample_key(index)!r}"
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Returns the ``.json`` that lies beside a row's image; empty where there is none."""
+        if self._json_offset[index] < 0:
+            return {}
+        record: dict[str, Any] = json.loads(self._read(index, self._json_offset, self._json_size))
+        return record
+
+    def column(self, name: str) -> pa.Array:
+        """Reads a column of a store's manifest, in the order of the rows, shape (N,).
+
+        Raises:
+            DataError: If there is no such column, or no manifest.
+        """
+        return read_manifest(self.folder, [name])[name].take(pa.array(self._row))
+
+    def perceptual_hashes(self) -> np.ndarray | None:
+        """Returns the hash of each row's picture from the manifest, shape (N,) int64; None where one is missing."""
+        if not self.is_store or "perceptual_hash" not in pq.read_schema(self.folder / MANIFEST).names:
+            return None
+        hashes = read_manifest(self.folder, ["perceptual_hash"])["perceptual_hash"].take(pa.array(self._picture))
+        return None if hashes.null_count else hashes.to_numpy()
+
+    @cached_property
+    def _further(self) -> dict[str, pa.Array]:
+        """The manifest's columns that were passed on from another data set."""
+        known = {*SCHEMA.names, *REPAIRED}
+        schema = pq.read_schema(self.folder / MANIFEST) if self.is_store else pa.schema([])
+        names = [column.name for column in schema if column.name not in known and pa.types.is_string(column.type)]
+        return {name: self.column(name).dictionary_encode() for name in names}
+
+    def columns(self, index: int) -> dict[str, str]:
+        """Returns the columns of the manifest that the row has inherited, such as ``concept_set``."""
+        values = {name: column[index].as_py() for name, column in self._further.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def choose(rows: pa.RecordBatch, filter: Filter, split: str | None, score: str) -> tuple[np.ndarray, dict[str, int]]:
+    """Says which rows a filter keeps, and counts the others by their first reason.
+
+    Args:
+        rows: ``columns`` of a :class:`~gmail_lightning.datasets.tar_rows.TarRows`.
+        filter: The conditions.
+        split: Keep this split only.
+        score: Column that ``top_share`` goes by.
+
+    Returns:
+        A mask of shape (N,), and the number of rows for each reason.
+    """
+    keep = np.ones(len(rows), dtype=bool)
+    dropped: dict[str, int] = {}
+
+    def drop(wrong: Any, reason: str) -> None:
+        hit = keep & np.asarray(wrong)
+        if hit.any():
+            dropped[reason] = int(hit.sum())
+            keep[hit] = False
+
+    if split is not None:
+        drop(pc.fill_null(pc.not_equal(rows["split"].cast(pa.string()), split), True), "of another split")
+    status, statuses = rows["status"].cast(pa.string()), pa.array(filter.statuses, pa.string())
+    reason = pc.coalesce(rows["reason"].cast(pa.string()), status)
+    refused = pc.invert(pc.is_in(status, value_set=statuses))
+    for value in pc.unique(reason.filter(refused)).to_pylist():
+        drop(pc.and_(refused, pc.equal(reason, value)), value)
+    if "repaired_key" in rows.schema.names:
+        drop(pc.is_null(rows["repaired_key"]), "no repaired_key")
+        drop(pc.invert(pc.is_in(rows["image_status"], value_set=statuses)), "whose chosen image is not ok")
+    drop(pc.is_null(rows["offset"]), "no image")
+    drop(pc.fill_null(pc.equal(pc.utf8_trim_whitespace(rows["caption"]), ""), True), "no caption")
+    if filter.min_clip_score is not None or filter.top_share is not None:
+        drop(pc.is_null(rows[score], nan_is_null=True), f"no {score}")
+    if filter.min_clip_score is not None:
+        drop(pc.fill_null(pc.less(rows[score], filter.min_clip_score), False), f"{score} < {filter.min_clip_score:g}")
+    if filter.top_share is not None:
+        left = np.flatnonzero(keep)
+        order = np.argsort(-rows[score].fill_null(0).to_numpy()[left], kind="stable")
+        worse = np.zeros(len(rows), dtype=bool)
+        worse[left[order[max(round(filter.top_share * len(left)), 1) :]]] = True
+        drop(worse, f"not among the best {filter.top_share:g} by {score}")
+    return keep, dropped

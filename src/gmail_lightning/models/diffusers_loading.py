@@ -1,0 +1,109 @@
+"""From a hub id or a folder to a pipeline of diffusers."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: The small pipeline that ships with the package.
+EMOJI = Path(__file__).parent / "emoji_diffusion"
+EDGE = 1 << 20  # bytes of each end of a weight file that its digest reads
+
+
+def find_pipeline(pretrained: str, revision: str | None, variant: str | None) -> Path:
+    """Returns the folder of a pipeline; a hub id is downloaded into the hub's cache.
+
+    Raises:
+        OSError: If it is neither a pipeline's folder nor to be had from the hub.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = EMOJI if pretrained == "emoji" else Path(pretrained)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(f"pretrained={pretrained!r}: {folder} has no model_index.json.")
+        return folder
+    try:
+        return Path(DiffusionPipeline.download(pretrained, revision=revision, variant=variant))
+    except Exception as error:
+        raise OSError(
+            f"pretrained={pretrained!r} is neither a folder nor to be had from the hub: {error} Without network, give a "
+            "local folder, or fill the hub's cache beforehand."
+        ) from error
+
+
+def load_pipeline(folder: Path, variant: str | None, dtype: torch.dtype, fresh: Sequence[str]) -> Any:
+    """Loads a pipeline that takes text; the components in ``fresh`` get random weights.
+
+    Raises:
+        ValueError: If the pipeline takes no text, or has no such component.
+    """
+    import diffusers
+    import transformers
+
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    built = {}
+    for name in fresh:
+        library, class_name = index.get(name) or (None, None)
+        if library not in ("diffusers", "transformers"):
+            known = [key for key, value in index.items() if isinstance(value, list) and value[0]]
+            raise ValueError(f"fresh: {folder.name} has no network {name!r}. It has: {', '.join(known)}.")
+        if library == "diffusers":
+            kind = getattr(diffusers, class_name)
+            built[name] = kind.from_config(kind.load_config(folder, subfolder=name)).to(dtype)
+        else:
+            kind = getattr(transformers, class_name)
+            built[name] = kind(kind.config_class.from_pretrained(folder / name)).to(dtype)
+    settings = {"torch_dtype": dtype, "variant": variant, "local_files_only": True, **built}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # its new name is new in 0.42
+        try:
+            pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(folder, **settings)
+        except ValueError as error:  # a pipeline that it does not list, or one that takes no text
+            if "AutoPipeline" not in str(error):
+                raise
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **settings)
+    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
+        raise ValueError(f"{folder}: {type(pipeline).__name__} takes no text. Give a text-to-image pipeline.")
+    return pipeline
+
+
+def build_scheduler(name: str, current: Any) -> Any:
+    """Returns a scheduler of diffusers with the settings of the current one.
+
+    Raises:
+        ValueError: If diffusers has none of that name; lists those that fit.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    if kind is None or not issubclass(kind, diffusers.SchedulerMixin):
+        fitting = sorted(one.__name__ for one in current.compatibles)
+        raise ValueError(f"Unknown scheduler {name!r}. With this pipeline go: {', '.join(fitting)}.")
+    return kind.from_config(current.config)
+
+
+def revision_of(folder: Path) -> str:
+    """The commit of a folder in the hub's cache; of another folder, a digest of its files.
+
+    The digest reads names, sizes, and both ends of every file, so that gigabytes take no time.
+    """
+    if folder.parent.name == "snapshots":
+        return folder.name
+    digest = hashlib.blake2b(digest_size=6)
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".bin", ".txt")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(EDGE))
+            if size > 2 * EDGE:
+                file.seek(-EDGE, 2)
+                digest.update(file.read())
+    return f"digest-{digest.hexdigest()}"

@@ -1,0 +1,72 @@
+"""Captions to images."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gmail_lightning.metrics.clip_score import clip_score
+from gmail_lightning.models.base import DualEncoder, GeneratedImages, ImageGenerator
+from gmail_lightning.tasks.base import BaseTask
+from gmail_lightning.transforms.image import resize
+from gmail_lightning.types import InputSpec, PromptBatch
+
+
+class ScoredImages(NamedTuple):
+    """The images of B prompts and what is known of them."""
+
+    images: GeneratedImages
+    truncated: list[bool]  # (B,) the generator's text encoder cut the prompt
+    clip_score: list[float | None]  # (B,)
+    clip_score_reason: list[str | None]  # (B,) why there is no score
+
+
+class ImageGenerationTask(BaseTask):
+    """Makes an image for each prompt, with ``predict``; the callback ``DatasetWriter`` stores them.
+
+    Args:
+        generator: The text-to-image model.
+        scorer: Gives each image its CLIPScore with its caption. Take another CLIP than the one to be trained on the
+            images: a selection by score favours what that CLIP knows already (SIEVE, arXiv 2310.02110).
+    """
+
+    def __init__(self, generator: ImageGenerator, scorer: DualEncoder | None = None) -> None:
+        super().__init__()
+        self.record_hyperparameters()
+        self.generator, self.scorer = generator.requires_grad_(False), scorer
+        if scorer is not None:
+            scorer.requires_grad_(False)
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """No pixels, no tokens: the data module makes prompts."""
+        return InputSpec()
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the generator's weights are more than a random initialisation."""
+        return self.generator.pretrained
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> ScoredImages:  # type: ignore[override]
+        """One image per prompt, (B, 3, H, W)."""
+        images = self.generator.generate(batch["prompt"], batch["seed"])
+        score, reason = self._score(images.image, batch["caption"])
+        return ScoredImages(images, self.generator.truncated(batch["prompt"]), score, reason)
+
+    def _score(self, image: Tensor, captions: list[str]) -> tuple[list[float | None], list[str | None]]:
+        """CLIPScore of images (B, 3, H, W) with their captions, None with a reason where there is none."""
+        if self.scorer is None:
+            return [None] * len(image), ["no scorer"] * len(image)
+        spec, text_spec = self.scorer.image_spec, self.scorer.text_spec
+        finite = torch.isfinite(image).flatten(1).all(dim=1).tolist()
+        pixels = (image.nan_to_num() * 255).round_().clamp_(0, 255).to(torch.uint8)
+        device = self.device
+        image_features = self.scorer.encode_image(torch.stack([resize(picture, spec) for picture in pixels]).to(device))
+        text_features = self.scorer.encode_text(text_spec.encode(captions).to(device))
+        scores = clip_score(image_features.float(), text_features.float()).tolist()
+        return (
+            [score if known else None for score, known in zip(scores, finite, strict=True)],
+            [None if known else "not finite" for known in finite],
+        )

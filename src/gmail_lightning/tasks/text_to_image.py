@@ -1,0 +1,244 @@
+"""``TextToImageTask``: trains the denoiser of a diffusion pipeline on images and their captions."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric, MetricCollection
+
+from gmail_lightning.losses.diffusion import PredictionType, denoising_loss, min_snr_weight
+from gmail_lightning.models.base import Tower
+from gmail_lightning.models.diffusion import DiffusersGenerator
+from gmail_lightning.tasks.base import BaseTask
+from gmail_lightning.types import ImageTextBatch, InputSpec
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class TextToImageTask(BaseTask):
+    """Denoising of images given their captions: Stable Diffusion 1.x and 2.x in latents, or a UNet in pixel space (IF).
+
+    All rows are trained on, real or generated, with a caption each. At the end of training the whole pipeline (averaged
+    weights, adapters merged) is written to ``pipeline/`` in the run folder, for ``DiffusersGenerator`` and for diffusers
+    itself. Noise and timesteps depend on the seed, the batch's number and the rank, so a resumed run draws the same.
+
+    Args:
+        generator: The pipeline; its scheduler gives the noise schedule. Its settings are those of the sample images.
+        prediction_type: What the UNet predicts; by default what the scheduler's configuration says. Another one is
+            written to the scheduler's configuration, and needs training from scratch or a long fine-tuning.
+        min_snr_gamma: Cap of the signal-to-noise weights (arXiv 2303.09556); None weighs all timesteps alike.
+        prompt_dropout: Share of rows that see the empty prompt, which guidance needs.
+        ema_decay: Of the average of the trained weights (with diffusers' warm-up); None keeps none.
+        lora_rank: Rank of adapters on the attention of the UNet (PEFT); None trains all of it.
+        train_text_encoder: Train the text encoder too.
+        optimizer: See ``BaseTask``.
+        scheduler: See ``BaseTask``.
+        warmup_steps: See ``BaseTask``.
+
+    Raises:
+        ValueError: If the pipeline has no UNet, or more than one text encoder.
+    """
+
+    uses_weights = True
+
+    def __init__(
+        self,
+        generator: DiffusersGenerator,
+        prediction_type: PredictionType | None = None,
+        min_snr_gamma: float | None = 5.0,
+        prompt_dropout: float = 0.1,
+        ema_decay: float | None = 0.9999,
+        lora_rank: int | None = None,
+        train_text_encoder: bool = False,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(optimizer, scheduler, warmup_steps)
+        self.record_hyperparameters()
+        from diffusers import DDPMScheduler
+        from diffusers.training_utils import EMAModel
+
+        unet = generator.part("unet", "TextToImageTask trains")
+        if "text_encoder_2" in generator.parts:
+            raise ValueError(
+                f"{type(generator.pipeline).__name__} has several text encoders; TextToImageTask trains pipelines with "
+                "one: Stable Diffusion 1.x and 2.x, and IF."
+            )
+        if prediction_type is not None:
+            generator.pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+        self.noise_schedule = DDPMScheduler.from_config(generator.pipeline.scheduler.config)
+        self.prediction_type = cast(PredictionType, self.noise_schedule.config.prediction_type)
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type {self.prediction_type!r}: use 'epsilon' or 'v_prediction'.")
+        self.generator, self.min_snr_gamma, self.prompt_dropout = generator, min_snr_gamma, prompt_dropout
+        text_encoder = generator.part("text_encoder")
+        self._select_trainable(lora_rank, train_text_encoder)
+        self._averaged = [p for module in (unet, text_encoder) for p in module.parameters() if p.requires_grad]
+        self.ema = EMAModel(self._averaged, decay=ema_decay, use_ema_warmup=True, power=0.75) if ema_decay else None
+        encode = generator.text_spec.encode
+        self.register_buffer("empty_text", encode([""]), persistent=False)
+        self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def _select_trainable(self, lora_rank: int | None, train_text_encoder: bool) -> None:
+        self.generator.requires_grad_(False)
+        self.generator.part("text_encoder").requires_grad_(train_text_encoder)
+        if lora_rank is None:
+            self.unet.requires_grad_(True)
+            return
+        from peft import LoraConfig
+
+        self.unet.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(LORA_TARGETS)))
+
+    @property
+    def unet(self) -> Any:
+        """The network that is trained."""
+        return self.generator.part("unet")
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """Pixels at the size of the pipeline, and captions for its text encoder."""
+        return InputSpec(image=self.generator.image_spec, texts={"text": self.generator.text_spec})
+
+    @property
+    def pretrained(self) -> bool:
+        """False where part of the pipeline has random weights."""
+        return self.generator.pretrained
+
+    # Training
+
+    def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
+        """The weighted denoising loss."""
+        noise = torch.Generator().manual_seed(self._draw())
+        text = batch["text"]
+        dropped = torch.rand(len(text), generator=noise).to(text.device) < self.prompt_dropout
+        text = torch.where(dropped[:, None], self.get_buffer("empty_text"), text)
+        clean = self.generator.encode_pixels(batch["image"], noise)
+        drawn = torch.randn(clean.shape, generator=noise).to(clean)
+        steps = self.noise_schedule.config.num_train_timesteps
+        timestep = torch.randint(steps, (len(clean),), generator=noise).to(clean.device)
+        weight = None
+        if self.min_snr_gamma is not None:
+            weight = min_snr_weight(self._snr(timestep), self.min_snr_gamma, self.prediction_type)
+        if "weight" in batch:
+            weight = batch["weight"] if weight is None else weight * batch["weight"]
+        return {"loss": denoising_loss(*self._denoise(clean, drawn, timestep, text), weight)}
+
+    def _denoise(self, clean: Tensor, noise: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Prediction and target, shapes as ``clean``."""
+        noisy = self.noise_schedule.add_noise(clean, noise, timestep)
+        if self.prediction_type == "epsilon":
+            target = noise
+        else:
+            target = self.noise_schedule.get_velocity(clean, noise, timestep)
+        return self.generator.denoise(noisy, timestep, self.generator.encode_text(text)), target
+
+    def _snr(self, timestep: Tensor) -> Tensor:
+        alpha = self.noise_schedule.alphas_cumprod.to(timestep.device)[timestep]
+        return cast(Tensor, alpha / (1 - alpha))
+
+    def _draw(self) -> int:
+        """Seed of the noise of one batch; the same for a resumed run, another on every rank."""
+        number = 0 if self._trainer is None else self.trainer.fit_loop.epoch_loop.total_batch_idx
+        return (self._seed * 1_000_003 + number) * 65_537 + self.global_rank
+
+    def on_fit_start(self) -> None:
+        """Brings the average to the device of the weights."""
+        if self.ema is not None:
+            self.ema.to(self.device)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Updates the average after an optimisation step."""
+        if self.ema is not None and self.trainer.global_step > self.ema.optimization_step:
+            self.ema.step(self._averaged)
+
+    def on_train_end(self) -> None:
+        """Writes the pipeline."""
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "pipeline"
+        if self.trainer.is_global_zero:
+            self.save_pipeline(folder)
+        rank_zero_info(f"Pipeline: {folder}")
+
+    # Evaluation
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it, the networks hold the averaged weights."""
+        if self.ema is None or self.ema.optimization_step == 0:  # nothing has been averaged
+            yield
+            return
+        self.ema.store(self._averaged)
+        self.ema.copy_to(self._averaged)
+        try:
+            yield
+        finally:
+            self.ema.restore(self._averaged)
+
+    def build_metrics(self) -> dict[str, Metric]:
+        """The plain denoising loss."""
+        return {"denoising": MetricCollection({"loss": MeanMetric()})}
+
+    def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
+        """Adds the loss of each row at a timestep and noise that depend on the row alone, so that values compare."""
+        clean = self.generator.encode_pixels(batch["image"])
+        draws = [torch.Generator().manual_seed(row) for row in batch["row_id"].tolist()]
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws]).to(clean)
+        steps = self.noise_schedule.config.num_train_timesteps
+        timestep = torch.cat([torch.randint(steps, (1,), generator=draw) for draw in draws]).to(clean.device)
+        first = torch.searchsorted(batch["text_row"], torch.arange(len(clean), device=clean.device))
+        with self.averaged_weights():
+            prediction, target = self._denoise(clean, noise, timestep, batch["text"][first])
+        metrics["denoising"].update((prediction.float() - target).square().flatten(1).mean(dim=1))
+
+    # What is kept
+
+    def save_pipeline(self, folder: str | Path) -> None:
+        """Writes the pipeline in diffusers' layout: averaged weights, adapters merged, ready for any loader."""
+        pipeline = self.generator.pipeline
+        with self.averaged_weights():
+            adapted = hasattr(self.unet, "peft_config")
+            if adapted:  # merging changes the weights, so a copy is merged
+                merged = copy.deepcopy(self.unet)
+                merged.fuse_lora()
+                merged.unload_lora()
+                pipeline = type(pipeline)(**{**pipeline.components, "unet": merged})
+            pipeline.save_pretrained(folder)
+
+    def _frozen_towers(self) -> list[Tower]:
+        """No encoder: what the checkpoint leans on is the pipeline, by its revision."""
+        return []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the average, and the pipeline that frozen tensors come from."""
+        super().on_save_checkpoint(checkpoint)
+        described = self.generator.describe()
+        checkpoint["pipeline"] = {key: described[key] for key in ("generator", "revision")}
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that leans on another pipeline, and restores the average.
+
+        Raises:
+            MisconfigurationException: Naming both pipelines.
+        """
+        super().on_load_checkpoint(checkpoint)
+        recorded, described = checkpoint.get("pipeline", {}), self.generator.describe()
+        if recorded.get("revision") != described["revision"]:
+            raise MisconfigurationException(
+                f"The checkpoint was trained on {recorded.get('generator')} at {recorded.get('revision')}, but the "
+                f"generator is {described['generator']} at {described['revision']}. Give the pipeline it started from."
+            )
+        if self.ema is not None and "ema" in checkpoint:
+            self.ema.load_state_dict(checkpoint["ema"])
+            self.ema.to(self.device)
