@@ -2,8 +2,8 @@
 
 Run:  python recipes/emoji/text_to_image_base.py SCORER OUT
       SCORER is the folder that `recipes/emoji/pretrain_scorer.yaml` exports to; OUT becomes a pipeline in diffusers'
-      layout, without UNet weights. Give it to text_to_image.yaml by --model.init_args.generator.init_args.pretrained OUT.
-Needs: one CPU core, a quarter of an hour. Both parts come from the drawings of the other hands alone, never from the real hand.
+      layout, without UNet weights: the `pretrained` of the generator in text_to_image.yaml.
+Needs: one CPU core, a quarter of an hour. Both parts come from the drawings of the other hands alone, never from Noto.
 """
 
 import gzip
@@ -100,7 +100,7 @@ def convert_text_tower(scorer: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
     assert own - {"embeddings.position_ids"} == set(state), own ^ set(state)
     model.load_state_dict({prefix + key: value.float() for key, value in state.items()})
 
-    merges = gzip.open(scorer / "merges.txt.gz", "rt", encoding="utf-8").read().split("\n")[1:]
+    merges = gzip.decompress((scorer / "merges.txt.gz").read_bytes()).decode().split("\n")[1:]
     merges = [merge for merge in merges if merge][: config["vocab_size"] - 512 - 2]
     letters = list(bytes_to_unicode().values())
     vocabulary = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge.split()) for merge in merges)]

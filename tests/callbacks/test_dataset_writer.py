@@ -196,7 +196,7 @@ def test_planted_images_are_caught_with_their_own_reason(tmp_path: Path, monkeyp
     monkeypatch.setattr(shard_writer_module, "encode_image", encode)
     texts = [f"fine {i}" for i in range(6)]
     texts += ["a black one", "a grey one", "a nan", "copy", "second copy", "unsafe", "broken"]
-    texts += ["unsafe nan", "unsafe black"]  # the first reason in cost order is kept
+    texts += ["unsafe nan", "unsafe black"]  # the first reason in order is kept
     rows = Captions(texts)
     _, writer = generate(tmp_path / "set", PromptDataModule(rows, evaluation={}, batch_size=4))
     found = {row["caption"]: row for row in manifest(tmp_path / "set")}
@@ -204,7 +204,7 @@ def test_planted_images_are_caught_with_their_own_reason(tmp_path: Path, monkeyp
     copies = sorted(["copy", "second copy"], key=lambda caption: (found[caption]["shard"], found[caption]["key"]))
     assert reasons == {
         "a black one": "black", "a grey one": "constant", "a nan": "not_finite", copies[1]: "duplicate",
-        "unsafe": "safety", "broken": "undecodable", "unsafe nan": "not_finite", "unsafe black": "black",
+        "unsafe": "safety", "broken": "undecodable", "unsafe nan": "not_finite", "unsafe black": "safety",
     }  # fmt: skip
     assert found[copies[1]]["duplicate_of"] == found[copies[0]]["key"]
     status = {caption: row["status"] for caption, row in found.items()}

@@ -11,7 +11,7 @@ import tarfile
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -109,7 +109,7 @@ def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                tar.members = []  # else the list of all members grows
+                cast(Any, tar).members = []  # else the list of all members grows
                 match = re.fullmatch(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]*)", member.name)  # up to the name's first dot
                 if match is None or not member.isreg():
                     continue

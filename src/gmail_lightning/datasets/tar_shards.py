@@ -195,7 +195,11 @@ class TarShards(ImageTextDataset):
         return weight
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
-        return decode_image(self._read(index, self._offset, self._size))
+        return decode_image(self.encoded(index))
+
+    def encoded(self, index: int) -> bytes:
+        """Returns the image of a row as it is stored."""
+        return self._read(index, self._offset, self._size)
 
     def _read(self, index: int, offset: np.ndarray, size: np.ndarray) -> bytes:
         tar = self._tar[index]

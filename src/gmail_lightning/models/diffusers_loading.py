@@ -34,8 +34,8 @@ def find_pipeline(pretrained: str, revision: str | None, variant: str | None) ->
         return Path(DiffusionPipeline.download(pretrained, revision=revision, variant=variant))
     except Exception as error:
         raise OSError(
-            f"pretrained={pretrained!r} is neither a folder nor to be had from the hub: {error} Without network, give a "
-            "local folder, or fill the hub's cache beforehand."
+            f"pretrained={pretrained!r} is neither a folder nor to be had from the hub: {error} Without network, give "
+            "a local folder, or fill the hub's cache beforehand."
         ) from error
 
 
@@ -51,7 +51,7 @@ def load_pipeline(folder: Path, variant: str | None, dtype: torch.dtype, fresh: 
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     built = {}
     for name in fresh:
-        library, class_name = index.get(name) or (None, None)
+        library, class_name = index.get(name) or (None, "")
         if library not in ("diffusers", "transformers"):
             known = [key for key, value in index.items() if isinstance(value, list) and value[0]]
             raise ValueError(f"fresh: {folder.name} has no network {name!r}. It has: {', '.join(known)}.")

@@ -235,7 +235,7 @@ class DiffusersGenerator(ImageGenerator):
         """1 up to the end of the text, 0 on the padding, shape (B, L)."""
         tokenizer = self._pipeline.tokenizer
         ends = (text == tokenizer.eos_token_id).int()
-        return (ends.cumsum(dim=1) - ends == 0).long()
+        return cast(Tensor, ends.cumsum(dim=1) - ends == 0).long()
 
     def encode_pixels(self, image: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """Maps pixels in [0, 1], shape (B, 3, H, W), to what is denoised: latents (B, C, h, w), or pixels in [-1, 1].

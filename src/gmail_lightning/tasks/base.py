@@ -164,8 +164,8 @@ class BaseTask(LightningModule, ABC):
     def _step(self, batch: ImageTextBatch, stage: str) -> Tensor:
         if "weight" in batch and not self.uses_weights:
             raise MisconfigurationException(
-                f"{type(self).__name__} does not weigh rows, but a training data set has weights: leave out its weight, "
-                "or use a task whose uses_weights is True."
+                f"{type(self).__name__} does not weigh rows, but a training data set has weights: leave out its "
+                "weight, or use a task whose uses_weights is True."
             )
         losses = self.compute_losses(batch)
         if "replaced" in batch:

@@ -29,8 +29,8 @@ class TextToImageTask(BaseTask):
     """Denoising of images given their captions: Stable Diffusion 1.x and 2.x in latents, or a UNet in pixel space (IF).
 
     All rows are trained on, real or generated, with a caption each. At the end of training the whole pipeline (averaged
-    weights, adapters merged) is written to ``pipeline/`` in the run folder, for ``DiffusersGenerator`` and for diffusers
-    itself. Noise and timesteps depend on the seed, the batch's number and the rank, so a resumed run draws the same.
+    weights, adapters merged) is written to ``pipeline/`` in the run folder, for ``DiffusersGenerator`` and diffusers
+    alike. Noise and timesteps depend on the seed, the batch's number and the rank, so a resumed run draws the same.
 
     Args:
         generator: The pipeline; its scheduler gives the noise schedule. Its settings are those of the sample images.
@@ -186,7 +186,7 @@ class TextToImageTask(BaseTask):
 
     def build_metrics(self) -> dict[str, Metric]:
         """The plain denoising loss."""
-        return {"denoising": MetricCollection({"loss": MeanMetric()})}
+        return {"denoising": cast(Metric, MetricCollection({"loss": MeanMetric()}))}
 
     def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
         """Adds the loss of each row at a timestep and noise that depend on the row alone, so that values compare."""

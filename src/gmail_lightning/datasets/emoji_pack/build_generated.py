@@ -13,15 +13,16 @@ def build(store: Path, out: Path) -> None:
     """Writes the images that passed the audit, as they are stored, in the order of their keys."""
     images = TarShards(store)
     rows = sorted(range(len(images)), key=images.sample_key)
+    concepts = [images.columns(row)["concept"] for row in rows]
     table = {
-        "concept": [images.columns(row)["concept"] for row in rows],
+        "concept": concepts,
         "key": [images.sample_key(row) for row in rows],
         "caption": [images.captions(row)[0] for row in rows],
-        "image": [images.read_bytes(row) for row in rows],
+        "image": [images.encoded(row) for row in rows],
     }
     path = out / "generated.parquet"
     pq.write_table(pa.table(table), path, compression="zstd")
-    print(f"{len(rows)} images of {len(set(table['concept']))} concepts, {path.stat().st_size / 1e6:.2f} MB")
+    print(f"{len(rows)} images of {len(set(concepts))} concepts, {path.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
