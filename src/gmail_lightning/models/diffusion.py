@@ -157,7 +157,9 @@ class DiffusersGenerator(ImageGenerator):
             settings["height"], settings["width"] = self.size
         if "clean_caption" in accepted:  # it needs packages of its own, and changes the prompt
             settings.setdefault("clean_caption", False)
-        output = self._pipeline(prompt=list(captions), **settings)
+        device = next(self.parameters()).device.type
+        with torch.autocast(device, enabled=False):  # the trainer's precision is not part of the recipe; dtype is
+            output = self._pipeline(prompt=list(captions), **settings)
         images = output.images
         image = images if isinstance(images, Tensor) else torch.from_numpy(images).permute(0, 3, 1, 2)
         flagged = getattr(output, "nsfw_content_detected", None) or getattr(output, "nsfw_detected", None)

@@ -157,9 +157,10 @@ class TextToImageTask(BaseTask):
         if self.ema is not None:
             self.ema.to(self.device)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Updates the average after an optimisation step."""
-        if self.ema is not None and self.trainer.global_step > self.ema.optimization_step:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Updates the average too, before any callback writes a checkpoint."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
             self.ema.step(self._averaged)
 
     def on_train_end(self) -> None:
