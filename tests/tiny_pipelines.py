@@ -10,6 +10,8 @@ from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     IFPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -130,6 +132,28 @@ def build(kind: str, folder: Path, seed: int = 0, prediction_type: str = "epsilo
             tokenizer_3=tokenizer(256),
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(),
+        )
+    elif kind == "flux":
+        flux = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            axes_dims_rope=[4, 4, 8],
+            guidance_embeds=True,
+        ).eval()
+        pipeline = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=vae(),
+            text_encoder=text_encoder(77),
+            tokenizer=tokenizer(77),
+            text_encoder_2=t5_encoder(),
+            tokenizer_2=tokenizer(128),
+            transformer=flux,
         )
     else:
         pipeline = IFPipeline(

@@ -75,6 +75,35 @@ def test_a_broken_decoder_and_a_flag_are_handed_on(folders: dict[str, Path]) -> 
     assert torch.isnan(generator.generate(CAPTIONS, SEEDS).image).all()
 
 
+def test_flux(tmp_path: Path) -> None:
+    folder, options = build("flux", tmp_path / "flux"), {"max_sequence_length": 48}
+    generator = make(folder, size=16, options=options)
+    plain = DiffusionPipeline.from_pretrained(folder)
+    draws = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16, **options}
+    expected = torch.from_numpy(plain(CAPTIONS, generator=draws, output_type="np", **settings).images).permute(
+        0, 3, 1, 2
+    )
+    images = generator.generate(CAPTIONS, SEEDS).image
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(images[1:2], generator.generate(CAPTIONS[1:2], SEEDS[1:2]).image, atol=1e-5, rtol=0)
+    assert generator.truncated(["x " * 46, "x " * 47]) == [False, True]
+    with pytest.raises(ValueError, match=r"only with options: \{true_cfg_scale"):
+        make(folder, negative_prompt="blurry")
+    with pytest.raises(ValueError, match=r"DDIMScheduler' does not fit: .* FlowMatchEulerDiscreteScheduler"):
+        make(folder, scheduler="DDIMScheduler")
+
+
+def test_pixel_space_pipelines_read_lower_case(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, seen = make(folders["pixel"]), []
+    tokenizer = generator.pipeline.tokenizer
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, texts, **_: seen.append(texts) or 1 / 0)
+    for call in (generator.text_spec.encode, generator.truncated, lambda texts: generator.generate(texts, [1])):
+        with pytest.raises(ZeroDivisionError):
+            call([" A Cat "])
+    assert seen == [["a cat"]] * 3
+
+
 @pytest.mark.parametrize(("kind", "limit"), [("sd", 20), ("sdxl", 20), ("sd3", 77), ("pixel", 77)])
 def test_truncated_prompts_are_marked(folders: dict[str, Path], kind: str, limit: int) -> None:
     fits, cut = "x " * (limit - 2), "x " * (limit - 1)  # a start and an end besides
@@ -94,8 +123,12 @@ def test_the_recipe_names_what_images_depend_on(folders: dict[str, Path], tmp_pa
     assert json.loads(str(described["options"])) == {"eta": 0.5}
     copied = shutil.copytree(folders["sd"], tmp_path / "sd")
     assert make(copied).describe()["revision"] == described["revision"]
-    other = build("sd", tmp_path / "other", seed=1)
-    assert make(other).describe()["revision"] != described["revision"]
+    weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    assert make(copied).describe()["revision"] != described["revision"]
+    assert make(folders["sd"], fresh=["unet"]).describe()["fresh"] == "unet"
 
 
 def test_fresh_parts_have_random_weights(folders: dict[str, Path]) -> None:
@@ -129,6 +162,8 @@ def test_what_does_not_fit_is_refused(folders: dict[str, Path], tmp_path: Path) 
         make(folders["sd"], scheduler="Nothing")
     with pytest.raises(ValueError, match=r"StableDiffusionPipeline takes no colour"):
         make(folders["sd"], options={"colour": 1})
+    with pytest.raises(ValueError, match="guidance_scale are arguments of their own"):
+        make(folders["sd"], options={"guidance_scale": 1.0})
     with pytest.raises(ValueError, match=r"no network 'transformer'.*unet"):
         make(folders["sd"], fresh=["transformer"])
     with pytest.raises(ValueError, match="needs a vae"):

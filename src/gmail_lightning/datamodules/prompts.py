@@ -13,14 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from gmail_lightning.datamodules.leakage import AllowedOverlap, check_leakage, refuse_unknown_sets
 from gmail_lightning.datasets.base import DataError, ImageTextDataset, one_line
-from gmail_lightning.datasets.shards import (
-    image_key,
-    image_keys,
-    image_seed,
-    prompt_id,
-    prompt_number,
-    refuse_foreign_columns,
-)
+from gmail_lightning.datasets.image_names import image_key, image_keys, image_seed, prompt_id, prompt_number
+from gmail_lightning.datasets.shards import refuse_foreign_columns
 from gmail_lightning.types import PromptBatch
 
 

@@ -23,6 +23,7 @@ REASONS = (
     "near_duplicate",
     "near_evaluation",
 )
+NEAR_DISTANCE = 2  # differing bits between the perceptual hashes of near duplicates
 BLACK = 0.02  # mean and standard deviation below which a picture is black; pixels are in [0, 1]
 CONSTANT = 1 / 255  # standard deviation of every channel below which a picture is of one colour
 
@@ -68,8 +69,8 @@ def _mean_and_std(counts: np.ndarray) -> tuple[float, float]:
 def audit_rows(
     table: pa.Table,
     evaluation: Mapping[str, tuple[list[str], np.ndarray]] | None = None,
-    max_distance: int | None = 2,
-    evaluation_distance: int = 2,
+    max_distance: int | None = NEAR_DISTANCE,
+    evaluation_distance: int = NEAR_DISTANCE,
 ) -> pa.Table:
     """Checks pictures against one another and against evaluation images, in the order of the rows.
 

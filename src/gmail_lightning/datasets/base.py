@@ -6,6 +6,7 @@ import hashlib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -34,6 +35,11 @@ def stable_ids(names: Iterable[str]) -> np.ndarray:
     """Maps strings to positive int64 ids, shape (N,), that no machine, order or version changes."""
     digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
     return np.fromiter((int.from_bytes(d, "little") >> 1 for d in digests), dtype=np.int64)
+
+
+def folder_space(folder: Path) -> str:
+    """Returns an ``id_space`` for names that start from a folder; it tells nobody where the folder is."""
+    return hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
 
 
 def one_line(text: str) -> str:
@@ -107,7 +113,8 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
         summary: A line on what was left out of the files, for the log; None where nothing is to be told.
         not_for_training: Why no row may be trained on; None where nothing speaks against it.
         id_space: Empty where equal ``image_id`` mean one real image, whatever the data set. Where ids are made of names
-            that start from a folder, that folder: ``0001.jpg`` below another one is another image.
+            that start from a folder, a digest of that folder: ``0001.jpg`` below another one is another image.
+        captions_are_classes: Captions are made of the names of classes, so that training may well have the same.
     """
 
     modality: np.ndarray
@@ -120,6 +127,7 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
     summary: str | None = None
     not_for_training: str | None = None
     id_space: str = ""
+    captions_are_classes: bool = False
 
     def __len__(self) -> int:
         return len(self.modality)

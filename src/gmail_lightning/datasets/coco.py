@@ -34,7 +34,8 @@ class CocoCaptions(ImageTextDataset):
         annotations: The JSON file.
         image_root: Folder of the images; Karpathy's file adds the folder of each image (``val2014``) itself.
         modality: ``real``, or ``generated`` where the folder holds generated images under the same names.
-        split: Split of Karpathy's file, or several joined by +: ``train+restval`` is the usual training set.
+        split: Split of Karpathy's file, or several joined by +: ``train+restval`` is the usual training set,
+            and any other than these two is refused as training data.
 
     Raises:
         DataError: If the file or the split is missing or malformed, or a caption is empty.
@@ -74,6 +75,8 @@ class CocoCaptions(ImageTextDataset):
         self.pair_id = np.array([caption for _, _, caption in rows], dtype=np.int64)
         self._files = files
         self.modality = constant_modality(modality, len(rows))
+        if split is not None:  # restval is what Karpathy's split leaves of the validation images for training
+            self.split = "train" if set(split.split("+")) <= {"train", "restval"} else split
 
     def _coco_rows(
         self, content: dict[str, Any], split: str | None

@@ -13,6 +13,7 @@ from gmail_lightning.datasets.base import (
     ModalityName,
     constant_modality,
     decode_image,
+    folder_space,
     stable_ids,
 )
 
@@ -31,6 +32,8 @@ class ImageFolder(ImageTextDataset):
     Raises:
         DataError: If there is no such folder, no class folder, a class without images, or a folder without a name.
     """
+
+    captions_are_classes = True
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class ImageFolder(ImageTextDataset):
             label += [number] * len(files)
         self.label = np.array(label, dtype=np.int64)
         self.image_id = stable_ids(self._files)
-        self.id_space = str(self.root.resolve())
+        self.id_space = folder_space(self.root)
         self.pair_id = np.full(len(label), -1)
         self.modality = constant_modality(modality, len(label))
 

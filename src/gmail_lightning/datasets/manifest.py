@@ -90,7 +90,7 @@ class ManifestDataset(ImageTextDataset):
         else:
             by_row = self._holds_bytes  # of this file: two files of bytes have no image in common
             if not by_row and not pc.all(pc.match_substring_regex(self._image, "^(/|[A-Za-z]:)")).as_py():
-                self.id_space = str(self.image_root.resolve())
+                self.id_space = folder_space(self.image_root)
             self.image_id = stable_ids(f"{path}#{i}" for i in range(length)) if by_row else _ids(self._image)
         self.pair_id = _ids(columns["pair_id"]) if "pair_id" in columns else np.full(length, -1)
         if "label" in columns:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
 import os
-import socket
 import tarfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gmail_lightning.datasets.audit import audit_rows
-from gmail_lightning.datasets.base import DataError, one_line
+from gmail_lightning.datasets.base import DataError
+from gmail_lightning.datasets.tar_index import remove_index
 
 logger = logging.getLogger(__name__)
 
@@ -43,49 +43,6 @@ COMPARED = ("key", "exact_hash", "perceptual_hash", *AUDITED)  # read by it
 MANIFEST, PLAN, RECIPE, CARD = "manifest.parquet", "plan.parquet", "recipe.json", "README.md"
 TEMPORARY = ".tmp-"
 ROW_GROUP = 65_536
-
-
-# Names
-
-
-def prompt_number(image_id: int, caption: str) -> int:
-    """The number behind a prompt id: a hash of the image that a caption belongs to, and of the caption on one line."""
-    digest = hashlib.blake2b(f"{image_id} {one_line(caption)}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
-def prompt_id(number: int) -> str:
-    """Sixteen hexadecimal digits."""
-    return f"{number:016x}"
-
-
-def recipe_id(recipe: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits: a hash of all that images depend on besides caption and seed, in any order."""
-    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-
-
-def image_key(prompt: str, image_index: int, recipe: str) -> str:
-    """Name of an image: it depends on what the image is, not on where, when or in which order it is made."""
-    return f"{prompt}-{image_index:03d}-{recipe}"
-
-
-def image_keys(prompts: np.ndarray, images_per_prompt: int, recipe: str) -> pa.Array:
-    """:func:`image_key` of the numbers (P,) of prompts, all images of a prompt in a row, as P * k strings."""
-    count = len(prompts) * images_per_prompt
-    digits = np.frombuffer(prompts.astype(">u8").tobytes().hex().encode(), np.uint8).reshape(-1, 16)
-    endings = "".join(image_key("", i, recipe) for i in range(images_per_prompt)).encode()
-    ending = np.frombuffer(endings, np.uint8).reshape(images_per_prompt, -1)
-    letters = np.concatenate(
-        [digits.repeat(images_per_prompt, axis=0), np.tile(ending, (len(prompts), 1))], axis=1
-    )  # (P * k, 29), ASCII
-    offsets = np.arange(count + 1, dtype=np.int64) * letters.shape[1]
-    return pa.LargeStringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(letters))
-
-
-def image_seed(key: str) -> int:
-    """A seed of 63 bits, from the name of the image: the prompt, the number of the image and the recipe."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
 # The plan
@@ -184,13 +141,14 @@ class ShardStore:
         return [f"{shard}.parquet" in there for shard in shards]
 
     def clear(self) -> None:
-        """Removes the files that generation wrote here, and no other; the folder knows them until the last is gone."""
+        """Removes what generation wrote here, and the index of its tars; the folder knows it until the last is gone."""
         shards = set(self.read_plan().shards)
         for name in (MANIFEST, CARD):
             (self.folder / name).unlink(missing_ok=True)
         for path in list(self.folder.iterdir()):
             if path.suffix in (".tar", ".parquet") and path.stem in shards:
                 path.unlink(missing_ok=True)
+        remove_index(self.folder)
         self.remove_temporary(shards, age=0)
         for name in (PLAN, RECIPE):
             (self.folder / name).unlink(missing_ok=True)
@@ -304,7 +262,7 @@ class ShardFile:
 
 def temporary(path: Path) -> Path:
     """A name beside ``path`` that no other process uses and every reader ignores."""
-    return path.with_name(f"{path.name}{TEMPORARY}{socket.gethostname()}-{os.getpid()}")
+    return path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")
 
 
 def write_table(table: pa.Table, path: Path) -> None:

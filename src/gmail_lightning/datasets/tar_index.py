@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from gmail_lightning.datasets.image_folder import SUFFIXES
 INDEX = "index.parquet"
 META = b"gmail_lightning_tar_index"
 FIELDS = ("caption", "status", "image_id", "pair_id", "clip_score")  # of a key's .json, or of the Parquet file
+OURS = {"prompt_id", "exact_hash"}  # every row that image generation wrote has both
 PLACES = [f"{kind}_{what}" for kind in ("image", "json") for what in ("offset", "size")]
 TEXTS = pa.schema([("key", pa.string()), *((n, pa.int64()) for n in PLACES), *((n, pa.string()) for n in FIELDS)])
 NUMBERS = {"image_id": pa.int64(), "pair_id": pa.int64(), "clip_score": pa.float64()}
@@ -45,7 +47,8 @@ def tar_index(tars: list[Path], described: bool) -> tuple[pa.Table, np.ndarray, 
         int32; the size and time of change of each tar.
 
     Raises:
-        DataError: If a tar is cut short, damaged, or names a key twice; names tar and key.
+        DataError: If a tar is cut short, damaged, or names a key twice, or is of a store without its manifest; names
+            tar and key.
     """
     folder = tars[0].parent
     stamps = {tar.name: _stamp(tar) for tar in tars}
@@ -77,7 +80,7 @@ def index_tar(path: Path, described: bool = False) -> pa.Table:
                 offset, size = found.get(kind, (None, None))
                 columns[f"{kind}_offset"].append(offset)
                 columns[f"{kind}_size"].append(size)
-            fields = {} if described else _fields(file.fileno(), found, beside is None)
+            fields = {} if described else _fields(path, file.fileno(), found, beside is None)
             for name in FIELDS:
                 columns[name].append(fields.get(name))
     table = pa.table(columns, schema=TEXTS)
@@ -136,9 +139,12 @@ def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     return members
 
 
-def _fields(descriptor: int, found: dict[str, tuple[int, int]], with_record: bool) -> dict[str, str | None]:
+def _fields(
+    path: Path, descriptor: int, found: dict[str, tuple[int, int]], with_record: bool
+) -> dict[str, str | None]:
     """What a key's texts say; what cannot be read becomes its status."""
     fields: dict[str, str | None] = {}
+    record: dict[str, Any] = {}
     try:
         if with_record and "json" in found:
             offset, size = found["json"]
@@ -149,7 +155,17 @@ def _fields(descriptor: int, found: dict[str, tuple[int, int]], with_record: boo
             fields["caption"] = os.pread(descriptor, size, offset).decode() or fields.get("caption")
     except (ValueError, AttributeError):  # not UTF-8, not JSON, not an object
         fields["status"] = "unreadable text"
+    _refuse_generated(path, record)
     return fields
+
+
+def _refuse_generated(path: Path, names: Iterable[str]) -> None:
+    """Refuses a part of a store: its own texts know neither the audit of the whole set nor what it may be used for."""
+    if set(names) >= OURS:
+        raise DataError(
+            f"{path} is of a store of generated images, whose manifest.parquet is not beside it: copy manifest.parquet "
+            "too. It says of which split the images are, and which of them repeat others or evaluation images."
+        )
 
 
 def _parquet_beside(path: Path) -> pa.Table | None:
@@ -164,6 +180,7 @@ def _parquet_beside(path: Path) -> pa.Table | None:
         raise DataError(f"{file}: not a readable Parquet file ({error}). Fetch it again, or remove it.") from error
     if "key" not in names:
         return None
+    _refuse_generated(path, names)
     whole = {
         name: integers_or_texts(table[name]) if name.endswith("_id") else table[name] for name in table.column_names
     }
@@ -212,6 +229,14 @@ def _load(folder: Path, described: bool) -> tuple[dict[str, tuple[int, int, int]
             start += rows
         return {name: tuple(stamp) for name, (stamp, _) in meta["tars"].items()}, parts
     return {}, {}
+
+
+def remove_index(folder: Path) -> None:
+    """Removes the index that lies in a folder; a file of another kind is left alone."""
+    path = folder / INDEX
+    with suppress(OSError, pa.ArrowInvalid):  # not there, or not readable: not ours
+        if META in (pq.read_schema(path).metadata or {}):
+            path.unlink(missing_ok=True)
 
 
 def _save(folder: Path, described: bool, stamps: dict[str, tuple[int, int, int]], parts: list[pa.Table]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
+from torch.nn import functional
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
@@ -14,21 +14,13 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: PredictionType) -
     """Weight of each timestep: ``min(SNR, gamma)`` in terms of the clean image (Hang et al., arXiv 2303.09556, eq. 5).
 
     Args:
-        snr: Signal-to-noise ratio, ``alpha_bar / (1 - alpha_bar)``, shape (B,).
+        snr: Signal-to-noise ratio, ``alpha_bar / (1 - alpha_bar)``, shape (B,); above 0 where noise is predicted.
         gamma: Cap; 5 in the paper.
         prediction_type: What the network predicts: divided by SNR for the noise, by SNR + 1 for the velocity.
 
     Returns:
         Shape (B,).
-
-    Raises:
-        ValueError: If the network predicts noise where there is no signal at all; nothing can be learned of it there.
     """
-    if prediction_type == "epsilon" and bool((snr == 0).any()):
-        raise ValueError(
-            "The schedule has a timestep without signal (rescale_betas_zero_snr), and there predicting the noise is "
-            "trivial: set prediction_type='v_prediction'."
-        )
     return snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
 
 
@@ -43,5 +35,5 @@ def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = N
     Returns:
         Scalar, in fp32.
     """
-    loss = torch.nn.functional.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+    loss = functional.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
     return loss.mean() if weight is None else (loss * weight).mean()

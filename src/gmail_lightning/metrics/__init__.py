@@ -1,6 +1,6 @@
 """Metrics: functions first, thin ``torchmetrics`` classes around them."""
 
-from gmail_lightning.metrics.clip_score import CLIPScore, clip_score, clip_score_weight
+from gmail_lightning.metrics.clip_score import CLIPScore, clip_score
 from gmail_lightning.metrics.modality_gap import ModalityGap, linear_probe_accuracy, modality_gap
 from gmail_lightning.metrics.repair import Repair, repair_pairs
 from gmail_lightning.metrics.retrieval import ImageTextRecall, image_text_recall
@@ -11,7 +11,6 @@ __all__ = [
     "ModalityGap",
     "Repair",
     "clip_score",
-    "clip_score_weight",
     "image_text_recall",
     "linear_probe_accuracy",
     "modality_gap",

@@ -42,16 +42,6 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
     return SCALE * F.cosine_similarity(image_features.to(kind), text_features.to(kind)).clamp(min=0)
 
 
-def clip_score_weight(score: Tensor, alpha: float = 2.5) -> Tensor:
-    """Weight of a generated image in the loss, clamp(score / 2.5 * alpha, 0, 1) (PCM-Net, jianjieluo/PCM-Net).
-
-    Args:
-        score: CLIPScore, any shape.
-        alpha: Cosine 1 / alpha and above weigh 1.
-    """
-    return (score / SCALE * alpha).clamp(0, 1)
-
-
 def fills_context(encode: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
     """Says of each text whether a word more would change nothing, because no position is left; shape (N,) bool.
 

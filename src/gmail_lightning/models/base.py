@@ -119,7 +119,7 @@ class DualEncoder(ImageEncoder):
 class GeneratedImages(NamedTuple):
     """What a generator returns for B prompts."""
 
-    image: Tensor  # (B, 3, H, W) float32 in [0, 1]; a generator that fails leaves NaN
+    image: Tensor  # (B, 3, H, W) float32 in [0, 1], on any device; a generator that fails leaves NaN
     flagged: list[bool]  # (B,) by the safety checker of the generator; False where there is none
 
 

@@ -14,7 +14,6 @@ import torch
 
 #: The small pipeline that ships with the package.
 EMOJI = Path(__file__).parent / "emoji_diffusion"
-EDGE = 1 << 20  # bytes of each end of a weight file that its digest reads
 
 
 def find_pipeline(pretrained: str, revision: str | None, variant: str | None) -> Path:
@@ -87,23 +86,21 @@ def build_scheduler(name: str, current: Any) -> Any:
     if kind is None or not issubclass(kind, diffusers.SchedulerMixin):
         fitting = sorted(one.__name__ for one in current.compatibles)
         raise ValueError(f"Unknown scheduler {name!r}. With this pipeline go: {', '.join(fitting)}.")
+    if ("FlowMatch" in name) != ("FlowMatch" in type(current).__name__):
+        raise ValueError(
+            f"scheduler={name!r} does not fit: the pipeline was trained for {type(current).__name__}. Of flow matching "
+            "and diffusion, neither can sample the other."
+        )
     return kind.from_config(current.config)
 
 
 def revision_of(folder: Path) -> str:
-    """The commit of a folder in the hub's cache; of another folder, a digest of its files.
-
-    The digest reads names, sizes, and both ends of every file, so that gigabytes take no time.
-    """
+    """The commit of a folder in the hub's cache; of another folder, a digest of its files (a second a gigabyte)."""
     if folder.parent.name == "snapshots":
         return folder.name
     digest = hashlib.blake2b(digest_size=6)
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".bin", ".txt")):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}".encode())
         with path.open("rb") as file:
-            digest.update(file.read(EDGE))
-            if size > 2 * EDGE:
-                file.seek(-EDGE, 2)
-                digest.update(file.read())
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
     return f"digest-{digest.hexdigest()}"

@@ -23,13 +23,15 @@ class Tokenize:
     Args:
         tokenizer: Of transformers.
         context_length: Number of ids per text.
+        lower: Whether the pipeline brings texts to lower case first.
     """
 
-    def __init__(self, tokenizer: Any, context_length: int) -> None:
-        self.tokenizer, self.context_length = tokenizer, context_length
+    def __init__(self, tokenizer: Any, context_length: int, lower: bool = False) -> None:
+        self.tokenizer, self.context_length, self.lower = tokenizer, context_length, lower
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Maps n texts to ids of shape (n, context_length), padded and truncated."""
+        texts = [text.lower().strip() for text in texts] if self.lower else texts
         ids = self.tokenizer(
             texts, padding="max_length", max_length=self.context_length, truncation=True, return_tensors="pt"
         ).input_ids
@@ -39,7 +41,7 @@ class Tokenize:
 class DiffusersGenerator(ImageGenerator):
     """A diffusers text-to-image pipeline: Stable Diffusion and its turbo kinds, SDXL, SD3, FLUX, PixArt and others.
 
-    Every image has a CPU generator of its own, so it depends on its prompt and seed alone, up to 1e-6 in floating point
+    Every image has a CPU generator of its own, so it depends on its prompt and seed alone, up to 1e-5 in fp32
     where batches differ in size.
 
     Args:
@@ -83,7 +85,7 @@ class DiffusersGenerator(ImageGenerator):
         fresh: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.name, self.dtype = pretrained, dtype
+        self.name, self.variant, self.dtype, self.fresh = pretrained, variant, dtype, list(fresh)
         self.folder = find_pipeline(pretrained, revision, variant)
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.size = (size, size) if isinstance(size, int) else size
@@ -95,6 +97,14 @@ class DiffusersGenerator(ImageGenerator):
         self._pipeline.set_progress_bar_config(disable=True)
         accepted = inspect.signature(self._pipeline.__call__).parameters
         given = {"negative_prompt": negative_prompt, "height": size, **self.options}
+        own = {"prompt", "num_inference_steps", "guidance_scale", "negative_prompt", "height", "width", "generator"}
+        if clash := sorted(own & set(self.options)):
+            raise ValueError(f"options: {', '.join(clash)} are arguments of their own; set these.")
+        if negative_prompt is not None and "true_cfg_scale" in accepted and self.options.get("true_cfg_scale", 1) <= 1:
+            raise ValueError(
+                f"{type(self._pipeline).__name__} heeds negative_prompt={negative_prompt!r} only with options: "
+                "{true_cfg_scale: ...} above 1."
+            )
         unknown = [name for name, value in given.items() if value is not None and name not in accepted]
         if unknown:
             raise ValueError(f"{type(self._pipeline).__name__} takes no {', '.join(unknown)}. It takes: {[*accepted]}.")
@@ -140,7 +150,7 @@ class DiffusersGenerator(ImageGenerator):
 
     @torch.no_grad()
     def generate(self, captions: list[str], seeds: list[int]) -> GeneratedImages:
-        """See the base class; the images are on the CPU."""
+        """See the base class; the images are on the device of the pipeline."""
         accepted = inspect.signature(self._pipeline.__call__).parameters
         # Pipelines without an image processor hand over tensors in [-1, 1], but arrays in [0, 1].
         as_tensor = hasattr(self._pipeline, "image_processor")
@@ -163,15 +173,21 @@ class DiffusersGenerator(ImageGenerator):
         images = output.images
         image = images if isinstance(images, Tensor) else torch.from_numpy(images).permute(0, 3, 1, 2)
         flagged = getattr(output, "nsfw_content_detected", None) or getattr(output, "nsfw_detected", None)
-        return GeneratedImages(image.float().cpu(), [bool(x) for x in flagged or [False] * len(captions)])
+        return GeneratedImages(image.float(), [bool(x) for x in flagged or [False] * len(captions)])
 
     def truncated(self, captions: list[str]) -> list[bool]:
         """Whether any of the text encoders cuts each caption."""
         cut = [False] * len(captions)
+        captions = [caption.lower().strip() for caption in captions] if self._lower else list(captions)
         for tokenizer, limit in self._tokenizers:
-            ids = tokenizer(list(captions), padding=False, truncation=False).input_ids
+            ids = tokenizer(captions, padding=False, truncation=False).input_ids
             cut = [before or len(one) > limit for before, one in zip(cut, ids, strict=True)]
         return cut
+
+    @property
+    def _lower(self) -> bool:
+        """Whether the pipeline brings prompts to lower case, as those with T5 do."""
+        return hasattr(self._pipeline, "_text_preprocessing")
 
     @cached_property
     def _tokenizers(self) -> list[tuple[Any, int]]:
@@ -187,13 +203,19 @@ class DiffusersGenerator(ImageGenerator):
             found.append((tokenizer, min(limit, tokenizer.model_max_length)))
         return found
 
+    @cached_property
+    def _revision(self) -> str:
+        return revision_of(self.folder)
+
     def describe(self) -> dict[str, str | int | float | None]:
         """See the base class; ``revision`` is the commit on the hub, or a digest of the local files."""
         local = Path(self.name)
         size = None if self.size is None else f"{self.size[0]}x{self.size[1]}"
         return {
             "generator": local.name if local.is_dir() else self.name,
-            "revision": revision_of(self.folder),
+            "revision": self._revision,
+            "variant": self.variant,
+            "fresh": ", ".join(self.fresh) or None,
             "pipeline": type(self._pipeline).__name__,
             "scheduler": type(self._pipeline.scheduler).__name__,
             "steps": self.num_inference_steps,
@@ -225,7 +247,7 @@ class DiffusersGenerator(ImageGenerator):
         tokenizer = self._pipeline.tokenizer
         # The pixel-space pipeline (IF) reads 77 ids, whatever its tokenizer says.
         length = tokenizer.model_max_length if self.in_latent_space else 77
-        return TextSpec(encode=Tokenize(tokenizer, length), context_length=length)
+        return TextSpec(encode=Tokenize(tokenizer, length, self._lower), context_length=length)
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Maps token ids (B, L) to what the denoiser attends to, shape (B, L, W), as the pipeline does."""

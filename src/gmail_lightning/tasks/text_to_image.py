@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +71,11 @@ class TextToImageTask(BaseTask):
         from diffusers.training_utils import EMAModel
 
         unet = generator.part("unet", "TextToImageTask trains")
+        if generator.dtype != "float32":
+            raise ValueError(
+                f"dtype={generator.dtype!r}: small updates vanish in half precision. Train with the generator in "
+                "dtype='float32' and trainer.precision='bf16-mixed'."
+            )
         if "text_encoder_2" in generator.parts:
             raise ValueError(
                 f"{type(generator.pipeline).__name__} has several text encoders; TextToImageTask trains pipelines with "
@@ -81,13 +87,20 @@ class TextToImageTask(BaseTask):
         self.prediction_type = cast(PredictionType, self.noise_schedule.config.prediction_type)
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type {self.prediction_type!r}: use 'epsilon' or 'v_prediction'.")
+        if self.prediction_type == "epsilon" and self.noise_schedule.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                "The schedule ends without signal (rescale_betas_zero_snr), where predicting the noise is trivial: set "
+                "prediction_type='v_prediction'."
+            )
         self.generator, self.min_snr_gamma, self.prompt_dropout = generator, min_snr_gamma, prompt_dropout
         text_encoder = generator.part("text_encoder")
         self._select_trainable(lora_rank, train_text_encoder)
         self._averaged = [p for module in (unet, text_encoder) for p in module.parameters() if p.requires_grad]
+        self.ema_decay = ema_decay
         self.ema = EMAModel(self._averaged, decay=ema_decay, use_ema_warmup=True, power=0.75) if ema_decay else None
         encode = generator.text_spec.encode
         self.register_buffer("empty_text", encode([""]), persistent=False)
+        self._evaluation = ExitStack()
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def _select_trainable(self, lora_rank: int | None, train_text_encoder: bool) -> None:
@@ -150,7 +163,8 @@ class TextToImageTask(BaseTask):
     def _draw(self) -> int:
         """Seed of the noise of one batch; the same for a resumed run, another on every rank."""
         number = 0 if self._trainer is None else self.trainer.fit_loop.epoch_loop.total_batch_idx
-        return (self._seed * 1_000_003 + number) * 65_537 + self.global_rank
+        digest = hashlib.blake2b(f"{self._seed} {number} {self.global_rank}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
 
     def on_fit_start(self) -> None:
         """Brings the average to the device of the weights."""
@@ -185,6 +199,24 @@ class TextToImageTask(BaseTask):
         finally:
             self.ema.restore(self._averaged)
 
+    def on_validation_epoch_start(self) -> None:
+        """Evaluates the averaged weights."""
+        self._evaluation.enter_context(self.averaged_weights())
+
+    def on_validation_epoch_end(self) -> None:
+        """Goes back to the trained weights, and logs."""
+        self._evaluation.close()
+        super().on_validation_epoch_end()
+
+    def on_test_epoch_start(self) -> None:
+        """Evaluates the averaged weights."""
+        self._evaluation.enter_context(self.averaged_weights())
+
+    def on_test_epoch_end(self) -> None:
+        """Goes back to the trained weights, and logs."""
+        self._evaluation.close()
+        super().on_test_epoch_end()
+
     def build_metrics(self) -> dict[str, Metric]:
         """The plain denoising loss."""
         return {"denoising": cast(Metric, MetricCollection({"loss": MeanMetric()}))}
@@ -197,8 +229,7 @@ class TextToImageTask(BaseTask):
         steps = self.noise_schedule.config.num_train_timesteps
         timestep = torch.cat([torch.randint(steps, (1,), generator=draw) for draw in draws]).to(clean.device)
         first = torch.searchsorted(batch["text_row"], torch.arange(len(clean), device=clean.device))
-        with self.averaged_weights():
-            prediction, target = self._denoise(clean, noise, timestep, batch["text"][first])
+        prediction, target = self._denoise(clean, noise, timestep, batch["text"][first])
         metrics["denoising"].update((prediction.float() - target).square().flatten(1).mean(dim=1))
 
     # What is kept
@@ -207,13 +238,15 @@ class TextToImageTask(BaseTask):
         """Writes the pipeline in diffusers' layout: averaged weights, adapters merged, ready for any loader."""
         pipeline = self.generator.pipeline
         with self.averaged_weights():
-            adapted = hasattr(self.unet, "peft_config")
-            if adapted:  # merging changes the weights, so a copy is merged
-                merged = copy.deepcopy(self.unet)
-                merged.fuse_lora()
-                merged.unload_lora()
-                pipeline = type(pipeline)(**{**pipeline.components, "unet": merged})
-            pipeline.save_pretrained(folder)
+            trained = self.unet
+            if hasattr(trained, "peft_config"):  # merging changes the weights, so a copy is merged
+                pipeline.unet = copy.deepcopy(trained)
+                pipeline.unet.fuse_lora()
+                pipeline.unet.unload_lora()
+            try:
+                pipeline.save_pretrained(folder)
+            finally:
+                pipeline.unet = trained
 
     def _frozen_towers(self) -> list[Tower]:
         """No encoder: what the checkpoint leans on is the pipeline, by its revision."""
@@ -242,4 +275,5 @@ class TextToImageTask(BaseTask):
             )
         if self.ema is not None and "ema" in checkpoint:
             self.ema.load_state_dict(checkpoint["ema"])
+            self.ema.decay = self.ema_decay  # the user's value, not the file's
             self.ema.to(self.device)
