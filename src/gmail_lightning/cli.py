@@ -29,7 +29,7 @@ CHECKPOINT = "GMAIL_LIGHTNING_CHECKPOINT"  # and resume from what their parent f
 WRITER_FLAGS: dict[str, tuple[Any, str]] = {
     "worker": (str, "i/n makes one of n shares of the images, as an independent process."),
     "mode": (Mode, "make what is missing, begin anew, or add another recipe's images."),
-    "dry_run": (bool, "make the first 8 images only, beside the folder."),
+    "dry_run": (bool, "make the images of the first 8 prompts only, beside the folder."),
 }
 
 

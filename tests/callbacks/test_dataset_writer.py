@@ -247,7 +247,9 @@ class WithHashes(Captions):
 @pytest.mark.parametrize("planted", ["caption", "image_id"])
 def test_a_planted_validation_row_stops_before_the_first_image(tmp_path: Path, planted: str) -> None:
     training = captions(20)
-    val = Captions(["Picture number 7!", "another"], 900) if planted == "caption" else Captions(["new", "old"], 113)
+    texts, first = (["Picture number 7!", "another"], 900) if planted == "caption" else (["new", "old"], 113)
+    val = WithHashes(texts, first)
+    val.hashes = np.array([1, 2])
     stub = StubGenerator()
     with pytest.raises(DataError) as error:
         generate(tmp_path / "set", PromptDataModule(training, evaluation={"my val": [val]}), stub)
@@ -282,7 +284,22 @@ def test_an_image_like_an_evaluation_image_is_rejected(tmp_path: Path) -> None:
     generate(tmp_path / "second", PromptDataModule(captions(), evaluation={"val": [val]}))
     wrong = {row["key"]: (row["reason"], row["duplicate_of"]) for row in manifest(tmp_path / "second") if row["reason"]}
     assert wrong == {rows[4]["key"]: ("near_evaluation", "val/row-1")}
-    assert "compared with its 2 images" in (tmp_path / "second/README.md").read_text()
+    card = (tmp_path / "second/README.md").read_text()
+    assert "compared with its 2 images" in card
+    assert "Near duplicates: up to 2 differing bits of perceptual hashes. Near evaluation images: up to 2" in card
+
+
+def test_ids_below_a_folder_stay_apart_in_the_store(tmp_path: Path) -> None:
+    first, second = captions(4), Captions(["other"], 900)
+    generate(tmp_path / "set", PromptDataModule(first, evaluation={}))
+    assert TarShards(tmp_path / "set").id_space == ""
+    first.id_space = "folder"
+    generate(tmp_path / "own", PromptDataModule(first, evaluation={}))
+    assert TarShards(tmp_path / "own").id_space == "folder"
+    generate(tmp_path / "own", PromptDataModule([first, second], evaluation={}))
+    assert json.loads((tmp_path / "own/recipe.json").read_text())["id_spaces"] == ["", "folder"]
+    generate(tmp_path / "own", PromptDataModule(first, evaluation={}))  # what is known stays known
+    assert TarShards(tmp_path / "own").id_space not in ("", "folder")
 
 
 # Modes
@@ -382,7 +399,12 @@ def test_a_dry_run_makes_eight_images_beside_the_folder(tmp_path: Path, undistur
         assert [caption for call in stub.calls for caption, _ in call] == [
             texts[0] for texts in generation_ranks.captions(8).texts
         ]
-    assert [p.name for p in tmp_path.iterdir()] == ["set-dry-run"]
+    several = PromptDataModule(captions(), evaluation={}, images_per_caption=2)
+    generate(tmp_path / "several", several, dry_run=True)
+    assert Counter(row["caption"] for row in manifest(tmp_path / "several-dry-run")) == {
+        texts[0]: 2 for texts in generation_ranks.captions(8).texts
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["set-dry-run", "several-dry-run"]
     assert manifest(tmp_path / "set-dry-run") == [r for r in manifest(undisturbed) if r["shard"] == "train-000000"]
     assert "8 generated images" in (tmp_path / "set-dry-run/README.md").read_text()
     generate(tmp_path / "set", generator=StubGenerator(steps=2), dry_run=True)  # no recipe is refused
@@ -429,6 +451,36 @@ def test_limited_batches_leave_no_half_shard(tmp_path: Path) -> None:
     assert predictions is None  # none are kept in memory
     names = {p.name for p in (tmp_path / "set").iterdir()}
     assert names == {"plan.parquet", "recipe.json", "train-000000.tar", "train-000000.parquet"}
+
+
+@pytest.mark.parametrize("limit", [{"limit_predict_batches": 1}, {"fast_dev_run": True}])
+def test_limited_batches_wait_for_no_other_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: dict) -> None:
+    import lightning.pytorch as pl
+
+    from gmail_lightning.callbacks import DatasetWriter, dataset_writer
+    from gmail_lightning.tasks import ImageGenerationTask
+
+    class OfTwo(DatasetWriter):
+        def setup(self, trainer, pl_module, stage):
+            super().setup(trainer, pl_module, stage)
+            self._own, self._total = ["train-000000", "train-000001"], 8  # the second is another device's
+
+    def no_sleep(seconds: float) -> None:
+        raise AssertionError("it waits")
+
+    monkeypatch.setattr(dataset_writer.time, "sleep", no_sleep)
+    data = PromptDataModule(captions(16), evaluation={}, batch_size=8)
+
+    def run(**settings):
+        writer = OfTwo(str(tmp_path / "set"), shard_size=8, image_format="png")
+        trainer = pl.Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+            callbacks=[writer], default_root_dir=tmp_path, enable_model_summary=False, **settings,
+        )  # fmt: skip
+        trainer.predict(ImageGenerationTask(StubGenerator()), data)
+
+    run(**limit)
+    assert {p.name for p in (tmp_path / "set").glob("*.tar")} == {"train-000000.tar"}
 
 
 def test_the_scripts_captions_are_those_of_the_tests() -> None:

@@ -139,6 +139,27 @@ def test_names_below_different_folders_are_different_images(tmp_path: Path) -> N
     assert counts([again], {"val": [first]})["val", "image_id"] == (1, 1)
 
 
+def test_ids_of_other_names_are_not_checked() -> None:
+    train, other, val = Rows([["a"]], [1]), Rows([["b"]], [1]), Rows([["c"]], [1])
+    other.id_space = "elsewhere"
+    (one,) = check_leakage([other], {"val": [val]}, kinds=["image_id"])
+    assert (one.shared, one.total, one.unchecked) == (0, 1, "Rows against Rows (ids of other names)")
+    (one,) = check_leakage([train, other], {"val": [val]}, {"val": ALL["val"]}, ["image_id"])
+    assert (one.shared, one.unchecked) == (1, "Rows against Rows (ids of other names)")
+
+
+def test_names_of_classes_are_no_captions(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        Image.fromarray(picture(len(split)).permute(1, 2, 0).numpy()).save(tmp_path / split / "cat" / "1.png")
+    train, val = ImageFolder(tmp_path / "train"), ImageFolder(tmp_path / "val")
+    captions = Rows([["A photo of a cat."], ["a hen"]], [1, 2])
+    (one,) = check_leakage([train], {"val": [val]}, kinds=["caption"])
+    assert (one.shared, one.total, one.unchecked) == (0, 0, "1 rows of ImageFolder (they name classes)")
+    with pytest.raises(DataError, match="1 of 2 captions"):  # captions beside them are compared as ever
+        check_leakage([train], {"val": [val, captions]}, kinds=["caption"])
+
+
 def test_pixels_are_compared_where_hashes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlap, "HASH_BLOCK", 3)
     train = [Rows([["a"]] * 8, list(range(8)), seed=0, knows_hashes=True), Rows([["b"]] * 4, [50, 51, 52, 53], seed=90)]

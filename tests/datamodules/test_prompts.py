@@ -1,17 +1,21 @@
 """From captions to prompts: names, seeds, order, batches."""
 
 import hashlib
+import json
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from gmail_lightning.datamodules import overlap
 from gmail_lightning.datamodules.leakage import AllowedOverlap
 from gmail_lightning.datamodules.prompts import PromptDataModule, PromptTable
-from gmail_lightning.datasets import DataError, EmojiDataset
+from gmail_lightning.datasets import CocoCaptions, DataError, EmojiDataset
+from gmail_lightning.transforms.image_hash import perceptual_hash
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from generation_ranks import Captions
@@ -75,7 +79,7 @@ def test_no_batch_holds_two_shards() -> None:
 
 def test_keys_of_a_million_prompts_are_arrays() -> None:
     numbers = np.arange(1_000_000, dtype=np.uint64) * np.uint64(2**44 + 1)
-    from gmail_lightning.datasets.shards import image_keys
+    from gmail_lightning.datasets.image_names import image_keys
 
     keys = image_keys(numbers, 2, RECIPE)
     assert len(keys) == 2_000_000
@@ -115,3 +119,43 @@ def test_captions_that_cannot_be_used_are_named() -> None:
         PromptDataModule(Clashing(["one"]), evaluation={}).setup("predict")
     with pytest.raises(MisconfigurationException, match="not fit"):
         PromptDataModule(Captions(["one"]), evaluation={}).setup("fit")
+
+
+class Pictures(Captions):
+    """Evaluation rows whose hashes are not known; two rows show each picture."""
+
+    def read_image(self, index):
+        return torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(index // 2)).mul(255).to(torch.uint8)
+
+    def picture(self):
+        return np.arange(len(self)) // 2
+
+
+class Lost(Captions):
+    """Their files are missing."""
+
+    def read_image(self, index):
+        raise FileNotFoundError(2, "no such file", "gone.png")
+
+
+def test_evaluation_pictures_are_decoded_and_what_cannot_be_compared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, lost = Pictures(["a", "b", "c", "d"], 900), Lost(["e"], 950)
+    data = PromptDataModule(Captions(["one"]), evaluation={"val": [pictures, lost]})
+    with pytest.warns(UserWarning, match="val: generated images were not compared with 1 pictures of Lost .*gone.png"):
+        hashes, notes = data.evaluation_hashes()
+    assert list(hashes) == ["val"]
+    assert hashes["val"][0] == ["row-0", "row-2"]
+    assert hashes["val"][1].tolist() == [perceptual_hash(pictures.image(row)) for row in (0, 2)]
+    assert notes[1:] == ["val: generated images were compared with its 2 images (near_evaluation)"]
+    monkeypatch.setattr(overlap, "MAX_DECODED", 1)
+    with pytest.warns(UserWarning, match="2 pictures of Pictures .*too many"):
+        assert data.evaluation_hashes()[0] == {}
+
+
+def test_captions_of_another_split_are_refused(tmp_path: Path) -> None:
+    image = {"filename": "1.png", "cocoid": 1, "split": "test", "sentences": [{"raw": "a fox", "sentid": 1}]}
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": [image]}))
+    captions = CocoCaptions(tmp_path / "dataset.json", tmp_path, split="test")
+    with pytest.raises(DataError, match="is of the split 'test'"):
+        PromptDataModule(captions, evaluation={}).setup("predict")
+    PromptDataModule(captions, split="test").setup("predict")

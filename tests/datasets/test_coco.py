@@ -59,22 +59,26 @@ def test_annotations_are_one_row_per_caption(tmp_path: Path) -> None:
     assert [data.captions(i) for i in range(3)] == [["A man walks."], ["Ein Vogel & süß"], ["someone walking"]]
     assert [data[i]["image"].shape[2] for i in range(3)] == [4, 9, 4]
     assert data.modality.tolist() == [0, 0, 0]
+    assert data.split is None
     picture = data.picture()
     assert picture[0] == picture[2] != picture[1]
     assert len({data.sample_key(i) for i in range(3)}) == 3
 
 
 @pytest.mark.parametrize(
-    ("split", "images", "captions"),
+    ("split", "images", "captions", "of"),
     [
-        ("train", [5, 5], [50, 51]),
-        ("train+restval", [5, 5, 6], [50, 51, 60]),
-        ("test", [7, 7], [70, 71]),
-        ("val", [8], [80]),
+        ("train", [5, 5], [50, 51], "train"),
+        ("restval", [6], [60], "train"),
+        ("train+restval", [5, 5, 6], [50, 51, 60], "train"),
+        ("test", [7, 7], [70, 71], "test"),
+        ("val", [8], [80], "val"),
+        ("train+val", [5, 5, 8], [50, 51, 80], "train+val"),
     ],
 )
-def test_karpathy_splits(tmp_path: Path, split: str, images: list[int], captions: list[int]) -> None:
+def test_karpathy_splits(tmp_path: Path, split: str, images: list[int], captions: list[int], of: str) -> None:
     data = CocoCaptions(write(tmp_path, KARPATHY), tmp_path / "coco", modality="generated", split=split)
+    assert data.split == of
     assert data.image_id.tolist() == images
     assert data.pair_id.tolist() == captions
     assert [data.captions(i) for i in range(len(data))] == [[f"caption {i}"] for i in captions]

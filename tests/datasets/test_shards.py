@@ -1,4 +1,4 @@
-"""The store: recipe ids, the plan, the merge of shards."""
+"""The store: the plan, the merge of shards."""
 
 import json
 import time
@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gmail_lightning.datasets import shards as shards_module
-from gmail_lightning.datasets.shards import EMPTY, SCHEMA, Plan, ShardFile, ShardStore, recipe_id
+from gmail_lightning.datasets.shards import EMPTY, SCHEMA, Plan, ShardFile, ShardStore, temporary
+from gmail_lightning.datasets.tar_index import tar_index
 
 
 def large(*keys: str) -> pa.Array:
@@ -19,15 +20,6 @@ def large(*keys: str) -> pa.Array:
 
 def held(plan: Plan) -> dict[str, list[str]]:
     return {name: plan.keys[plan.rows(i)].to_pylist() for i, name in enumerate(plan.shards)}
-
-
-def test_a_recipe_has_one_id_in_any_order_and_another_for_any_change() -> None:
-    recipe = {"generator": "a", "steps": 4, "guidance": 7.5, "revision": None}
-    name = recipe_id(recipe)
-    assert len(name) == 8
-    assert int(name, 16) >= 0
-    assert recipe_id(dict(reversed(recipe.items()))) == name
-    assert len({recipe_id({**recipe, key: "other"}) for key in recipe} | {name}) == 5
 
 
 def test_the_plan_grows_at_its_end(tmp_path: Path) -> None:
@@ -115,3 +107,22 @@ def test_a_recipe_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     store.write_recipe({"split": "train", "recipes": []})
     assert store.read_recipe() == json.loads((tmp_path / "recipe.json").read_text())
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_no_two_temporary_names_are_alike(tmp_path: Path) -> None:
+    names = {temporary(tmp_path / "s0.tar").name for _ in range(3)}  # processes of two containers may have one number
+    assert len(names) == 3
+    assert all(name.startswith("s0.tar.tmp-") for name in names)
+
+
+def test_a_cleared_folder_has_no_index_left(tmp_path: Path) -> None:
+    store = ShardStore(tmp_path)
+    store.write_plan(EMPTY.extended(large("k0"), "train", 2))
+    write_shard(tmp_path, "train-000000", [row("k0", "train-000000")])
+    tar_index([tmp_path / "train-000000.tar"], described=True)
+    assert (tmp_path / "index.parquet").is_file()
+    store.clear()
+    assert list(tmp_path.iterdir()) == []
+    pq.write_table(pa.table({"mine": [1]}), tmp_path / "index.parquet")
+    store.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["index.parquet"]

@@ -521,3 +521,22 @@ def test_rows_cost_little_memory(tmp_path: Path) -> None:
 def test_a_record_is_json_of_the_tar(tmp_path: Path) -> None:
     data = TarShards(write_tar(tmp_path / "a.tar", sample("a", 0, "x", url="süß")), modality="real")
     assert data.record(0) == json.loads('{"key": "a", "url": "süß"}')
+
+
+@pytest.mark.parametrize("with_parquet", [True, False])
+def test_tars_of_a_store_without_its_manifest_are_refused(tmp_path: Path, with_parquet: bool) -> None:
+    shard = ShardFile(tmp_path, "train-000000")
+    shard.add(store_row(0), png(0), "png")
+    shard.close()
+    if not with_parquet:
+        (tmp_path / "train-000000.parquet").unlink()
+    with pytest.raises(DataError, match=r"train-000000.tar is of a store .*copy manifest.parquet too"):
+        TarShards(tmp_path, modality="generated")
+
+
+def test_a_store_has_the_id_space_of_its_captions(tmp_path: Path) -> None:
+    write_store(tmp_path, [store_row(0)])
+    assert TarShards(tmp_path).id_space == ""  # recipes of before said nothing
+    for spaces, expected in ((["x"], "x"), (["", "x"], " + x")):
+        (tmp_path / "recipe.json").write_text(json.dumps({"id_spaces": spaces}))
+        assert TarShards(tmp_path).id_space == expected

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmail_lightning.metrics import CLIPScore, clip_score, clip_score_weight
+from gmail_lightning.metrics import CLIPScore, clip_score
 from gmail_lightning.metrics.clip_score import fills_context
 
 
@@ -73,12 +73,6 @@ def test_scores_are_those_of_torchmetrics_but_for_its_scale() -> None:
     theirs = peer(list(images), captions, model_name_or_path=lambda: (Model(), process))
     ours = clip_score(images.flatten(1)[:, :6].float(), process(captions)["input_ids"].float())
     assert ours.mean().item() / 2.5 * 100 == pytest.approx(theirs.item(), rel=1e-5)
-
-
-def test_weights_grow_with_the_cosine_up_to_one() -> None:
-    score = 2.5 * torch.tensor([0.0, 0.2, 0.3, 0.4, 0.9])
-    assert clip_score_weight(score).tolist() == pytest.approx([0, 0.5, 0.75, 1, 1])
-    assert clip_score_weight(score, alpha=1.0).tolist() == pytest.approx([0, 0.2, 0.3, 0.4, 0.9])
 
 
 def test_bad_features_are_refused() -> None:

@@ -1,16 +1,20 @@
 """From prompts to images with their scores; what the card makes of them."""
 
+import json
+import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.nn import functional as F
 
 from gmail_lightning.datamodules.prompts import PromptDataModule
-from gmail_lightning.models.base import DualEncoder
+from gmail_lightning.models.base import DualEncoder, LoRATarget
 from gmail_lightning.tasks import ImageGenerationTask
 from gmail_lightning.types import ImageSpec, InputSpec, PromptBatch, TextSpec
 
@@ -98,3 +102,75 @@ def test_scores_go_to_the_manifest_and_the_card(tmp_path: Path) -> None:
     assert "| prompts cut at the text encoder's limit | 0 | 0.00 % |" in card
     assert "| `concept_set`: novel | 14 | 50.00 % |" in card
     assert "Not checked: this split is not for training." in card
+
+
+class OtherScorer(Scorer):
+    """As the first, under another name."""
+
+
+def test_another_scorer_is_refused_and_the_images_keep_their_names(tmp_path: Path) -> None:
+    data = PromptDataModule(Captions(["akz", "zka"]), split="test")
+    generate(tmp_path / "set", data, scorer=Scorer())
+    (entry,) = json.loads((tmp_path / "set/recipe.json").read_text())["recipes"]
+    assert entry["scorer"]["scorer"] == "Scorer"
+    assert not any("corer" in str(part) for part in entry["recipe"].items())  # what is hashed
+    assert '"scorer": "Scorer"' in (tmp_path / "set/README.md").read_text()
+    with pytest.raises(MisconfigurationException, match="scorer: 'Scorer' there, 'OtherScorer' now"):
+        generate(tmp_path / "set", data, scorer=OtherScorer())
+    with pytest.raises(MisconfigurationException, match="scorer: 'Scorer' there, None now"):
+        generate(tmp_path / "set", data)
+    generate(tmp_path / "plain", data)
+    names = [pq.read_table(tmp_path / name / "manifest.parquet")["key"].to_pylist() for name in ("set", "plain")]
+    assert names[0] == names[1]
+    content = json.loads((tmp_path / "plain/recipe.json").read_text())
+    del content["recipes"][0]["scorer"]  # as it was written before scorers were recorded
+    (tmp_path / "plain/recipe.json").write_text(json.dumps(content))
+    generate(tmp_path / "plain", data, scorer=Scorer())
+
+
+def test_a_scorer_is_known_by_its_weights() -> None:
+    class Weighed(Scorer):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.matrix = torch.nn.Linear(50, 40, bias=False)
+            torch.nn.init.normal_(self.matrix.weight, generator=torch.Generator().manual_seed(seed))
+
+        def lora_targets(self, roles, tower="image"):
+            return [LoRATarget(0, "q", self.matrix, "weight", 0, 40)]
+
+    first, again, other = (ImageGenerationTask(StubGenerator(), Weighed(seed)) for seed in (0, 0, 1))
+    weight = first.scorer.matrix.weight.detach().double().flatten()
+    wave = 2 * (weight @ torch.arange(2000).double().cos()).item() / 1000**0.5
+    assert first.describe_scorer() == {"scorer": "Weighed", "scorer_weights": f"2 matrices, wave {wave:.4f}"}
+    assert again.describe_scorer() == first.describe_scorer() != other.describe_scorer()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "32-true", "bf16-mixed"])
+def test_a_precision_that_converts_the_weights_is_refused(precision: str) -> None:
+    task = ImageGenerationTask(StubGenerator())
+    task.trainer = SimpleNamespace(precision=precision, callbacks=[], accumulate_grad_batches=1)
+    if precision.endswith("16-true"):
+        with pytest.raises(MisconfigurationException, match=f"precision='{precision}' converts the generator"):
+            task.setup("predict")
+    else:
+        task.setup("predict")
+
+
+def test_warnings_of_cut_prompts_are_kept_back(caplog: pytest.LogCaptureFixture) -> None:
+    names = ["diffusers.pipelines.some", "transformers.tokenization_utils_base"]
+
+    class Loud(StubGenerator):
+        def generate(self, captions, seeds):
+            for name in names:
+                logging.getLogger(name).warning("the prompt was cut")
+                logging.getLogger(name).error("it broke")
+            return super().generate(captions, seeds)
+
+    for name in ("diffusers", "transformers"):
+        logging.getLogger(name).addHandler(caplog.handler)
+    levels = [logging.getLogger(name).level for name in ("diffusers", names[1])]
+    ImageGenerationTask(Loud()).predict_step(batch(["x"]), 0)
+    assert {record.message for record in caplog.records} == {"it broke"}
+    assert [logging.getLogger(name).level for name in ("diffusers", names[1])] == levels
+    for name in ("diffusers", "transformers"):
+        logging.getLogger(name).removeHandler(caplog.handler)

@@ -38,7 +38,7 @@ def dataset_card(
     recipe: Mapping[str, Any],
     licences: Mapping[str, str],
     leakage: Iterable[str],
-    near_duplicates: str,
+    distances: str,
 ) -> str:
     """Writes up a store whose manifest is complete.
 
@@ -47,7 +47,7 @@ def dataset_card(
         recipe: What ``recipe.json`` holds.
         licences: By what they are of.
         leakage: What is known of overlaps with evaluation sets, a line each.
-        near_duplicates: How near duplicates were told.
+        distances: How near duplicates and pictures near evaluation images were told.
 
     Returns:
         Markdown.
@@ -64,7 +64,7 @@ def dataset_card(
         "```python\nfrom gmail_lightning.datasets import TarShards\n\n"
         f"dataset = TarShards({folder.name!r})  # rows that are ok\n```",
         "## Audit",
-        _audit(rows, near_duplicates),
+        _audit(rows, distances),
         "## Captions",
         _captions(rows, further),
         "## CLIPScore",
@@ -100,7 +100,7 @@ def _counts(column: pa.ChunkedArray) -> list[tuple[Any, int]]:
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
-def _audit(rows: pa.Table, near_duplicates: str) -> str:
+def _audit(rows: pa.Table, distances: str) -> str:
     counted = rows.group_by(["status", "reason"]).aggregate([([], "count_all")]).to_pylist()
     order = {reason: number for number, reason in enumerate([None, *MEANING])}
     lines = [
@@ -113,7 +113,7 @@ def _audit(rows: pa.Table, near_duplicates: str) -> str:
         )
         for line in sorted(counted, key=lambda line: order.get(line["reason"], len(order)))
     ]
-    return f"{_table(('status', 'reason', 'meaning', 'images', 'share'), lines)}\n\nNear duplicates: {near_duplicates}."
+    return f"{_table(('status', 'reason', 'meaning', 'images', 'share'), lines)}\n\n{distances}"
 
 
 def _captions(rows: pa.Table, further: list[str]) -> str:

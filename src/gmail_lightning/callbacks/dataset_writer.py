@@ -16,10 +16,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from gmail_lightning.callbacks.dataset_card import dataset_card
-from gmail_lightning.callbacks.generation_plan import Mode, missing_shards, plan_images, refuse_other_folder
+from gmail_lightning.callbacks.generation_plan import (
+    Mode,
+    how_made,
+    missing_shards,
+    plan_images,
+    refuse_other_folder,
+)
 from gmail_lightning.datamodules.prompts import PromptDataModule
+from gmail_lightning.datasets.audit import NEAR_DISTANCE
+from gmail_lightning.datasets.image_names import recipe_id
 from gmail_lightning.datasets.shard_writer import BackgroundWriter, ImageFormat
-from gmail_lightning.datasets.shards import CARD, MANIFEST, ShardStore, recipe_id
+from gmail_lightning.datasets.shards import CARD, MANIFEST, ShardStore
 from gmail_lightning.tasks.image_generation import ImageGenerationTask, ScoredImages
 from gmail_lightning.types import PromptBatch
 
@@ -43,7 +51,8 @@ class DatasetWriter(Callback):
 
     Args:
         out: The folder; all nodes must see it.
-        mode: ``incremental`` makes what is missing for the recipe that the folder was made by; prompts that are not
+        mode: ``incremental`` makes what is missing for the recipe that the folder was made by, and refuses another
+            recipe, way of storing or scorer; prompts that are not
             planned yet get shards of their own. ``overwrite`` first removes what this stage wrote there. ``extend``
             adds the images of another recipe to those that are there.
         shard_size: Images of a shard.
@@ -53,7 +62,7 @@ class DatasetWriter(Callback):
         quality: Of webp and jpg.
         max_distance: Differing bits of the perceptual hashes of near duplicates, 0 to 4; None keeps near duplicates.
         worker: ``i/n`` makes one of n shares, i from 0.
-        dry_run: Makes the first 8 images only, in the folder ``<out>-dry-run``, anew each time.
+        dry_run: Makes the images of the first 8 prompts only, in the folder ``<out>-dry-run``, anew each time.
         licences: For the card, by what they are of, such as ``generator`` or ``captions``.
         num_threads: Threads that encode and audit.
         seconds: Least time between two lines of progress.
@@ -70,7 +79,7 @@ class DatasetWriter(Callback):
         size: int | tuple[int, int] | None = None,
         image_format: Literal["webp", "png", "jpg"] = "jpg",
         quality: int = 95,
-        max_distance: int | None = 3,
+        max_distance: int | None = NEAR_DISTANCE,
         worker: str = "0/1",
         dry_run: bool = False,
         licences: dict[str, str] | None = None,
@@ -127,13 +136,14 @@ class DatasetWriter(Callback):
         self._recipe_id = recipe_id(self._recipe)
         keys = data.table.keys(self._recipe_id)
         if self.dry_run:
-            keys = keys.slice(0, DRY_RUN_PROMPTS)
+            keys = keys.slice(0, DRY_RUN_PROMPTS * data.images_per_caption)
         storage = {f"stored_{name}": value for name, value in asdict(self.image_format).items()}
         storage["shard_size"] = self.shard_size
-        refuse_other_folder(self.store, self.mode, self._recipe, storage, data.split)  # on every rank alike
+        made = how_made(self._recipe, storage, pl_module.describe_scorer())
+        refuse_other_folder(self.store, self.mode, made, data.split)  # on every rank alike
         trainer.strategy.barrier("DatasetWriter: the folder was looked at")
         if trainer.is_global_zero:
-            plan_images(self.store, self.mode, self._recipe, storage, data.split, keys)
+            plan_images(self.store, self.mode, made, data.split, keys, {rows.id_space for rows in data.captions})
         trainer.strategy.barrier("DatasetWriter: the plan was written")
         plan = self.store.read_plan()
         world, first = trainer.world_size, self.worker * trainer.world_size
@@ -232,11 +242,9 @@ class DatasetWriter(Callback):
         self.failed = sum(self._writer.counts[reason] for reason in FAILED)
         if not trainer.is_global_zero:
             return
-        made = sum(self._writer.counts.values()) == self._total  # not so where batches are limited
-        if made and not all(self.store.complete(self._own)):
-            rank_zero_info("Waiting for the other devices.")
-        while made and not all(self.store.complete(self._own)):  # no collective: the others may need hours
-            time.sleep(WAIT)
+        limit = trainer.limit_predict_batches  # 1.0 is all of them, 1 is one; fast_dev_run sets a number
+        if isinstance(limit, float) and limit == 1.0:
+            self._wait()
         plan = self.store.read_plan()
         missing = [s for s, there in zip(plan.shards, self.store.complete(plan.shards), strict=True) if not there]
         if missing:
@@ -248,12 +256,18 @@ class DatasetWriter(Callback):
             return
         self._merge(cast(PromptDataModule, trainer.datamodule), plan.shards)  # type: ignore[attr-defined]
 
+    def _wait(self) -> None:
+        """Waits until the other devices of this launch are done, too."""
+        if not all(self.store.complete(self._own)):
+            rank_zero_info("Waiting for the other devices.")
+        while not all(self.store.complete(self._own)):  # no collective: the others may need hours
+            time.sleep(WAIT)
+
     def _merge(self, data: PromptDataModule, shards: list[str]) -> None:
         evaluation, leakage = data.evaluation_hashes()
         self.store.merge(shards, evaluation, self.max_distance)
-        far = (
-            "kept" if self.max_distance is None else f"up to {self.max_distance} differing bits of the perceptual hash"
-        )
+        near = "kept" if self.max_distance is None else f"up to {self.max_distance} differing bits of perceptual hashes"
+        far = f"Near duplicates: {near}. Near evaluation images: up to {NEAR_DISTANCE} differing bits."
         recipe = self.store.read_recipe()
         assert recipe is not None
         card = dataset_card(self.store.folder, recipe, self.licences, [*data.leakage, *leakage], far)

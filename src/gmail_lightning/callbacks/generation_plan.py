@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -13,25 +13,37 @@ import pyarrow.compute as pc
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from gmail_lightning.datasets.base import DataError
-from gmail_lightning.datasets.shards import RECIPE, Plan, ShardStore, recipe_id
+from gmail_lightning.datasets.image_names import recipe_id
+from gmail_lightning.datasets.shards import RECIPE, Plan, ShardStore
 
 Mode = Literal["incremental", "overwrite", "extend"]
+Made = dict[str, dict[str, Any]]
 
 
-def refuse_other_folder(
-    store: ShardStore, mode: Mode, recipe: Mapping[str, Any], storage: Mapping[str, Any], split: str
-) -> None:
+def how_made(recipe: Mapping[str, Any], storage: Mapping[str, Any], scorer: Mapping[str, Any]) -> Made:
+    """How images are made, as it comes back from ``recipe.json``.
+
+    Args:
+        recipe: All that the images depend on besides caption and seed; names and seeds follow from it alone.
+        storage: How they are stored.
+        scorer: What gives them their CLIPScore; empty where nothing does.
+    """
+    made: Made = json.loads(json.dumps({"recipe": recipe, "storage": storage, "scorer": scorer}))
+    return made
+
+
+def refuse_other_folder(store: ShardStore, mode: Mode, made: Made, split: str) -> None:
     """Refuses a folder that these images do not belong into; changes nothing.
 
     Args:
         store: The folder.
         mode: See ``DatasetWriter``.
-        recipe: All that the images depend on besides caption and seed.
-        storage: How they are stored.
+        made: How the images are made.
         split: What they are for.
 
     Raises:
-        MisconfigurationException: If another program made the folder or, in mode ``incremental``, another recipe.
+        MisconfigurationException: If another program made the folder or, in mode ``incremental``, another recipe,
+            storage or scorer.
         DataError: If it holds images of another split.
     """
     foreign = sorted(p.name for p in store.folder.glob("*") if p.suffix in (".tar", ".parquet"))
@@ -50,13 +62,12 @@ def refuse_other_folder(
             f"{store.folder} holds images of split {found['split']!r}, and these are of {split!r}: a store holds one "
             "split, so that images made for evaluation cannot get into training. Choose another folder."
         )
-    wanted = _plain({"recipe": recipe, "storage": storage})
-    known = [{part: entry[part] for part in wanted} for entry in found["recipes"]]
-    if mode == "extend" or wanted in known:
+    known = [_how(entry, made) for entry in found["recipes"]]
+    if mode == "extend" or made in known:
         return
     differing = "; ".join(
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
-        for old, new in ((known[-1][part], wanted[part]) for part in wanted)
+        for old, new in ((known[-1][part], made[part]) for part in made)
         for name in {**old, **new}
         if old.get(name) != new.get(name)
     )
@@ -67,16 +78,19 @@ def refuse_other_folder(
 
 
 def plan_images(
-    store: ShardStore,
-    mode: Mode,
-    recipe: Mapping[str, Any],
-    storage: Mapping[str, Any],
-    split: str,
-    keys: pa.Array,
+    store: ShardStore, mode: Mode, made: Made, split: str, keys: pa.Array, id_spaces: Iterable[str] = ("",)
 ) -> None:
     """Writes down the recipe and plans the keys that are not planned yet; in mode ``overwrite`` after a clearance.
 
     Independent processes may do it at the same time: they write the same.
+
+    Args:
+        store: The folder.
+        mode: See ``DatasetWriter``.
+        made: How the images are made.
+        split: What they are for.
+        keys: Names of all images of this run.
+        id_spaces: ``id_space`` of the data sets that their ids come from.
     """
     store.folder.mkdir(parents=True, exist_ok=True)
     found = store.read_recipe()
@@ -84,12 +98,15 @@ def plan_images(
         store.clear()
         found = None
     recipes = [] if found is None else found["recipes"]
-    entry = _plain({"recipe_id": recipe_id(recipe), "recipe": recipe, "storage": storage})
-    if not any(all(old[name] == entry[name] for name in entry) for old in recipes):
-        entry["created"] = datetime.now(UTC).isoformat(timespec="seconds")
-        store.write_recipe({"split": split, "recipes": [*recipes, entry]})
+    before = [""] if found is None else found.get("id_spaces", [""])
+    spaces = sorted({*(before if recipes else ()), *id_spaces})
+    if not any(_how(old, made) == made for old in recipes):
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        recipes = [*recipes, {"recipe_id": recipe_id(made["recipe"]), **made, "created": created}]
+    if found is None or (recipes, spaces) != (found["recipes"], before):
+        store.write_recipe({"split": split, "id_spaces": spaces, "recipes": recipes})
     plan = store.read_plan()
-    extended = plan.extended(keys, split, storage["shard_size"])
+    extended = plan.extended(keys, split, made["storage"]["shard_size"])
     if extended is not plan:
         store.write_plan(extended)
 
@@ -119,6 +136,6 @@ def missing_shards(
     return [(plan.shards[number], part) for number, part in zip(numbers, rows, strict=True)]
 
 
-def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """As it comes back from a JSON file."""
-    return json.loads(json.dumps(value))  # type: ignore[no-any-return]
+def _how(entry: Mapping[str, Any], made: Made) -> Made:
+    """What an entry of ``recipe.json`` says; where it says nothing of the scorer, that is taken to be the same."""
+    return {part: entry.get(part, made[part]) for part in made}

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gmail_lightning.datasets.base import ImageTextDataset
+from gmail_lightning.datasets.base import ImageDecodeError, ImageTextDataset
 from gmail_lightning.transforms.image_hash import near_pairs, perceptual_hash
 
 PIXEL_DISTANCE = 1  # differing bits of the same picture; a match stops the run, so fewer than in the audit of a store
@@ -39,8 +39,9 @@ def normalized(captions: pa.Array) -> pa.Array:
 def shared_captions(
     train: Sequence[ImageTextDataset], evaluation: Mapping[str, Sequence[ImageTextDataset]]
 ) -> dict[str, Shared]:
-    """Looks up every training caption among those of the evaluation, block by block."""
-    sets = {name: _distinct_captions(list(_blocks(datasets))) for name, datasets in evaluation.items()}
+    """Looks up every training caption among those of the evaluation, block by block; names of classes are left out."""
+    compared = {name: [d for d in datasets if not d.captions_are_classes] for name, datasets in evaluation.items()}
+    sets = {name: _distinct_captions(list(_blocks(datasets))) for name, datasets in compared.items()}
     every = pa.chunked_array([texts for texts, _ in sets.values()], pa.string()).unique()
     seen = np.full(len(every), -1)  # the training row that first has it, counted over all blocks
     blocks: list[tuple[ImageTextDataset, np.ndarray]] = []
@@ -60,7 +61,9 @@ def shared_captions(
         if len(shared):
             i = int(shared[0])
             example = f"{texts[i].as_py()!r} in {_describe(first[i])} and in {_describe(owner[int(source[i])])}"
-        found[name] = Shared(len(shared), len(texts), example)
+        classes = [dataset for dataset in evaluation[name] if dataset.captions_are_classes]
+        unchecked = ", ".join(f"{len(dataset):,} rows of {_type(dataset)} (they name classes)" for dataset in classes)
+        found[name] = Shared(len(shared), len(texts), example, unchecked)
     return found
 
 
@@ -84,6 +87,10 @@ def _describe(row: Row) -> str:
     return row[0].describe(row[1])
 
 
+def _type(dataset: ImageTextDataset) -> str:
+    return type(dataset).__name__
+
+
 def shared_image_ids(
     train: Sequence[ImageTextDataset], evaluation: Mapping[str, Sequence[ImageTextDataset]]
 ) -> dict[str, Shared]:
@@ -92,6 +99,7 @@ def shared_image_ids(
     for name, datasets in evaluation.items():
         shared = total = 0
         example = ""
+        apart: dict[str, None] = {}
         for space in dict.fromkeys(dataset.id_space for dataset in datasets):
             here = [dataset for dataset in datasets if dataset.id_space == space]
             ids = np.unique(np.concatenate([dataset.image_id for dataset in here]))
@@ -99,7 +107,10 @@ def shared_image_ids(
             total += len(ids)
             seen = np.zeros(len(ids), dtype=bool)
             for dataset in train:
-                if dataset.id_space != space or not len(ids):
+                if not len(ids):
+                    continue
+                if dataset.id_space != space:
+                    apart[f"{_type(dataset)} against {_type(here[0])} (ids of other names)"] = None
                     continue
                 at = np.searchsorted(ids, dataset.image_id).clip(max=len(ids) - 1)
                 hit = ids[at] == dataset.image_id
@@ -110,8 +121,28 @@ def shared_image_ids(
                     other = next((d, int(np.argmax(d.image_id == value))) for d in here if value in d.image_id)
                     example = f"image_id {value} in {_describe(other)} and in {_describe((dataset, row))}"
             shared += int(seen.sum())
-        found[name] = Shared(shared, total, example)
+        found[name] = Shared(shared, total, example, ", ".join(apart))
     return found
+
+
+def picture_hashes(dataset: ImageTextDataset) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """Perceptual hashes of an evaluation set, whose pictures are decoded where it does not know them.
+
+    Returns:
+        A row of each of its P pictures (P,); their hashes (P,) int64, or None and the reason.
+    """
+    rows = np.unique(dataset.picture(), return_index=True)[1]
+    stored = dataset.perceptual_hashes()
+    if stored is not None:
+        return rows, stored[rows], ""
+    what = f"{len(rows):,} pictures of {_type(dataset)}"
+    if len(rows) > MAX_DECODED:
+        return rows, None, f"{what} (no stored hashes, too many)"
+    try:
+        found = [perceptual_hash(dataset.image(row)) for row in rows.tolist()]
+    except ImageDecodeError as error:
+        return rows, None, f"{what} ({error})"
+    return rows, np.array(found, np.int64), ""
 
 
 def shared_pictures(
@@ -123,7 +154,7 @@ def shared_pictures(
     for dataset in train:
         stored = dataset.perceptual_hashes()
         if stored is None:
-            unknown[type(dataset).__name__] = unknown.get(type(dataset).__name__, 0) + len(dataset)
+            unknown[_type(dataset)] = unknown.get(_type(dataset), 0) + len(dataset)
         else:
             known.append((dataset, stored))
     without = [f"{count:,} training rows of {name} (no stored hashes)" for name, count in unknown.items()]
@@ -131,15 +162,11 @@ def shared_pictures(
     for name, datasets in evaluation.items():
         unchecked, hashes, rows = list(without), [np.empty(0, np.int64)], []
         for dataset in datasets if known else []:
-            picture = np.unique(dataset.picture(), return_index=True)[1]
-            stored = dataset.perceptual_hashes()
-            if stored is None and len(picture) > MAX_DECODED:
-                unchecked.append(f"{len(picture):,} pictures of {type(dataset).__name__} (no stored hashes, too many)")
+            picture, of_pictures, fault = picture_hashes(dataset)
+            if of_pictures is None:
+                unchecked.append(fault)
                 continue
-            if stored is None:
-                hashes.append(np.array([perceptual_hash(dataset.image(row)) for row in picture.tolist()]))
-            else:
-                hashes.append(stored[picture])
+            hashes.append(of_pictures)
             rows += [(dataset, row) for row in picture.tolist()]
         shared, example = _near(known, np.concatenate(hashes), rows)
         found[name] = Shared(shared, len(rows), example, ", ".join(unchecked))

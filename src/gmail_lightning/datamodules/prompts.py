@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from gmail_lightning.datamodules.leakage import AllowedOverlap, check_leakage, refuse_unknown_sets
+from gmail_lightning.datamodules.overlap import picture_hashes
 from gmail_lightning.datasets.base import DataError, ImageTextDataset, one_line
 from gmail_lightning.datasets.image_names import image_key, image_keys, image_seed, prompt_id, prompt_number
 from gmail_lightning.datasets.shards import refuse_foreign_columns
@@ -127,7 +128,8 @@ class PromptDataModule(LightningDataModule):
 
     What is generated for training (``split="train"``) must not repeat what a model is tested with: captions and image
     ids are checked against the evaluation sets before the first image, and a repetition that is not allowed is an
-    error. Pairs for evaluation are generated apart, under the name of their split, and no store holds two splits.
+    error, as are captions of another split. Pairs for evaluation are generated apart, under the name of their split,
+    and no store holds two splits.
 
     An image is named by a hash of (image id, caption), its number and the recipe, and its seed is a hash of that name:
     neither the order of the captions nor their path, the batch size or the number of workers changes an image.
@@ -232,20 +234,28 @@ class PromptDataModule(LightningDataModule):
     def evaluation_hashes(self) -> tuple[dict[str, tuple[list[str], np.ndarray]], list[str]]:
         """Sample keys and perceptual hashes of the evaluation sets that images for training are compared with.
 
+        Where a data set does not know its hashes, its pictures are decoded, if there are no more than 10,000.
+
         Returns:
-            By name of the set; and a line for each set that is not compared, with the reason.
+            By name of the set; and lines on what was compared, and what was not, for which there is a warning, too.
         """
         hashes: dict[str, tuple[list[str], np.ndarray]] = {}
         notes = []
         for name, datasets in (self.evaluation or {}).items() if self.split == "train" else ():
-            columns = [dataset.perceptual_hashes() for dataset in datasets]
             if name in self.allow_overlap and "pixels" in self.allow_overlap[name].kinds:
                 notes.append(f"{name}: generated images may look like its images ({self.allow_overlap[name].reason})")
-            elif any(column is None for column in columns):
-                notes.append(f"{name}: images not compared, its data set knows no perceptual hashes")
-            else:
-                keys = [dataset.sample_key(row) for dataset in datasets for row in range(len(dataset))]
-                hashes[name] = keys, np.concatenate([column for column in columns if column is not None])
+                continue
+            keys, columns = list[str](), [np.empty(0, np.int64)]
+            for dataset in datasets:
+                rows, column, fault = picture_hashes(dataset)
+                if column is None:
+                    notes.append(f"{name}: generated images were not compared with {fault}")
+                    rank_zero_warn(f"{notes[-1]}: those that are near one are not found.")
+                    continue
+                keys += [dataset.sample_key(row) for row in rows.tolist()]
+                columns.append(column)
+            if keys:
+                hashes[name] = keys, np.concatenate(columns)
                 notes.append(f"{name}: generated images were compared with its {len(keys)} images (near_evaluation)")
         return hashes, notes
 

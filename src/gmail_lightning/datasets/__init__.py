@@ -5,7 +5,8 @@ from gmail_lightning.datasets.coco import CocoCaptions
 from gmail_lightning.datasets.emoji import EmojiDataset
 from gmail_lightning.datasets.image_folder import ImageFolder
 from gmail_lightning.datasets.manifest import ManifestDataset
-from gmail_lightning.datasets.tar_shards import Filter, TarShards
+from gmail_lightning.datasets.tar_filter import Filter
+from gmail_lightning.datasets.tar_shards import TarShards
 
 __all__ = [
     "CocoCaptions",

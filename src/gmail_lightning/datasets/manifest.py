@@ -17,6 +17,7 @@ from gmail_lightning.datasets.base import (
     ModalityName,
     constant_modality,
     decode_image,
+    folder_space,
     one_line,
     stable_ids,
 )

@@ -139,9 +139,7 @@ def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     return members
 
 
-def _fields(
-    path: Path, descriptor: int, found: dict[str, tuple[int, int]], with_record: bool
-) -> dict[str, str | None]:
+def _fields(path: Path, descriptor: int, found: dict[str, tuple[int, int]], with_record: bool) -> dict[str, str | None]:
     """What a key's texts say; what cannot be read becomes its status."""
     fields: dict[str, str | None] = {}
     record: dict[str, Any] = {}
@@ -155,7 +153,7 @@ def _fields(
             fields["caption"] = os.pread(descriptor, size, offset).decode() or fields.get("caption")
     except (ValueError, AttributeError):  # not UTF-8, not JSON, not an object
         fields["status"] = "unreadable text"
-    _refuse_generated(path, record)
+    _refuse_generated(path, record if isinstance(record, dict) else {})
     return fields
 
 

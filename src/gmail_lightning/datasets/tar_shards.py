@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,39 +22,17 @@ from gmail_lightning.datasets.base import (
     decode_image,
     one_line,
 )
-from gmail_lightning.datasets.shards import MANIFEST, PLAN, RECIPE, SCHEMA
+from gmail_lightning.datasets.shards import MANIFEST, PLAN, RECIPE, SCHEMA, ShardStore
 from gmail_lightning.datasets.tar_files import find_tars, read_member
+from gmail_lightning.datasets.tar_filter import Filter, choose
 from gmail_lightning.datasets.tar_rows import REPAIRED, read_manifest, repaired_rows, store_rows, webdataset_rows
 from gmail_lightning.types import Modality
 
-CLIP_SCORE_SCALE, ALPHA = 2.5, 2.5  # w of CLIPScore (Hessel et al. 2021), alpha of PCM-Net's weights
+CLIP_SCORE_SCALE = 2.5  # w of CLIPScore, arXiv 2104.08718
+ALPHA = 2.5  # of PCM-Net: a cosine of 1 / alpha and above weighs 1
 DEFECTS = ("no image", "no caption", "unreadable text")  # reasons that nobody asked for
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Filter:
-    """Which rows of a store are used: a view, nothing is written.
-
-    The conditions apply one after the other: ``statuses``, ``min_clip_score``, then ``top_share`` of what is left.
-
-    Attributes:
-        min_clip_score: Least CLIPScore; rows without a score are left out, too.
-        statuses: ``ok``, ``rejected``, or both. With ``rejected`` the data set cannot be trained on.
-        top_share: Share of the rows to keep, the best by CLIPScore, or by ``repair_score`` where pairs are repaired
-            (SynC keeps 0.9); of equal scores the earlier row. Rows without a score are left out, too.
-    """
-
-    min_clip_score: float | None = None
-    statuses: list[str] = field(default_factory=lambda: ["ok"])
-    top_share: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.statuses or set(self.statuses) - {"ok", "rejected"}:
-            raise ValueError(f"Filter.statuses is {self.statuses}: use 'ok', 'rejected' or both (failed has no image).")
-        if self.top_share is not None and not 0 < self.top_share <= 1:
-            raise ValueError(f"Filter.top_share is {self.top_share}, but it is a share above 0 and up to 1.")
 
 
 class TarShards(ImageTextDataset):
@@ -65,7 +42,8 @@ class TarShards(ImageTextDataset):
     come from the manifest. Any other is read as img2dataset leaves it: ``{key}.jpg`` (png, webp, ...), ``{key}.txt``,
     ``{key}.json``. There the caption is the text or else ``caption`` of the record; ``image_id`` (else a hash of the
     key), ``pair_id``, ``clip_score`` and ``status`` come from the Parquet file beside the tar, else from the records.
-    What was not downloaded is left out. A key ends at the first dot of a member's name.
+    What was not downloaded is left out. A key ends at the first dot of a member's name. Tars of a store are refused
+    without their manifest.
 
     The index is ``index.parquet`` in the folder, or, where that cannot be written, a file in the folder that
     ``GMAIL_LIGHTNING_CACHE`` names, by default in the user's cache. A tar that has changed is indexed again. Columns
@@ -78,7 +56,9 @@ class TarShards(ImageTextDataset):
         split: The split to read of a store that holds several; of other folders, the split that they are.
         modality: ``real`` or ``generated``, over what the manifest says; needed where there is none.
         source: Name of the generator, over what the manifest says.
-        weight: ``clip_score`` gives each row the weight clamp(CLIPScore / 2.5 * alpha, 0, 1) with alpha 2.5 (PCM-Net).
+        weight: ``clip_score`` gives each row the weight clamp(alpha * CLIPScore / 2.5, 0, 1) with alpha 2.5: the cosine
+            of image and caption, as PCM-Net has it (github.com/jianjieluo/PCM-Net). For tasks whose ``uses_weights`` is
+            True, such as ``TextToImageTask``; contrastive tasks refuse weights.
         repaired: Shows each caption with the image that ``gmail-lightning repair`` chose for it (SynC). ``pair_id``
             stays that of the caption, for whose real image the chosen one now stands; ``image_id`` is that of the
             chosen image, so that captions that share an image are not negatives of one another.
@@ -138,6 +118,9 @@ class TarShards(ImageTextDataset):
         self.split = rows["split"][int(np.argmax(keep))].as_py() if self.is_store else split
         if weight is not None:
             self.weight = self._weights(rows.filter(pa.array(keep))["clip_score"])
+        if self.is_store:  # ids are those of the captions' data sets; several spaces are like no other
+            recipe = ShardStore(self.folder).read_recipe() or {}
+            self.id_space = " + ".join(recipe.get("id_spaces", [""]))
 
     def _check_split(self, rows: pa.RecordBatch, split: str | None) -> None:
         known = sorted(pc.unique(rows["split"].cast(pa.string())).to_pylist(), key=str)
@@ -191,7 +174,7 @@ class TarShards(ImageTextDataset):
                 f"{self.path}: {score.null_count:,} rows in use have no clip_score to weigh them by. Score them, leave "
                 "them out by Filter(min_clip_score=0), or leave out weight."
             )
-        weight: np.ndarray = np.clip(score.to_numpy() / CLIP_SCORE_SCALE * ALPHA, 0, 1).astype(np.float32)
+        weight: np.ndarray = np.clip(ALPHA * score.to_numpy() / CLIP_SCORE_SCALE, 0, 1).astype(np.float32)
         return weight
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
@@ -255,49 +238,3 @@ class TarShards(ImageTextDataset):
         """Returns the columns of the manifest that the row has inherited, such as ``concept_set``."""
         values = {name: column[index].as_py() for name, column in self._further.items()}
         return {name: value for name, value in values.items() if value is not None}
-
-
-def choose(rows: pa.RecordBatch, filter: Filter, split: str | None, score: str) -> tuple[np.ndarray, dict[str, int]]:
-    """Says which rows a filter keeps, and counts the others by their first reason.
-
-    Args:
-        rows: ``columns`` of a :class:`~gmail_lightning.datasets.tar_rows.TarRows`.
-        filter: The conditions.
-        split: Keep this split only.
-        score: Column that ``top_share`` goes by.
-
-    Returns:
-        A mask of shape (N,), and the number of rows for each reason.
-    """
-    keep = np.ones(len(rows), dtype=bool)
-    dropped: dict[str, int] = {}
-
-    def drop(wrong: Any, reason: str) -> None:
-        hit = keep & np.asarray(wrong)
-        if hit.any():
-            dropped[reason] = int(hit.sum())
-            keep[hit] = False
-
-    if split is not None:
-        drop(pc.fill_null(pc.not_equal(rows["split"].cast(pa.string()), split), True), "of another split")
-    status, statuses = rows["status"].cast(pa.string()), pa.array(filter.statuses, pa.string())
-    reason = pc.coalesce(rows["reason"].cast(pa.string()), status)
-    refused = pc.invert(pc.is_in(status, value_set=statuses))
-    for value in pc.unique(reason.filter(refused)).to_pylist():
-        drop(pc.and_(refused, pc.equal(reason, value)), value)
-    if "repaired_key" in rows.schema.names:
-        drop(pc.is_null(rows["repaired_key"]), "no repaired_key")
-        drop(pc.invert(pc.is_in(rows["image_status"], value_set=statuses)), "whose chosen image is not ok")
-    drop(pc.is_null(rows["offset"]), "no image")
-    drop(pc.fill_null(pc.equal(pc.utf8_trim_whitespace(rows["caption"]), ""), True), "no caption")
-    if filter.min_clip_score is not None or filter.top_share is not None:
-        drop(pc.is_null(rows[score], nan_is_null=True), f"no {score}")
-    if filter.min_clip_score is not None:
-        drop(pc.fill_null(pc.less(rows[score], filter.min_clip_score), False), f"{score} < {filter.min_clip_score:g}")
-    if filter.top_share is not None:
-        left = np.flatnonzero(keep)
-        order = np.argsort(-rows[score].fill_null(0).to_numpy()[left], kind="stable")
-        worse = np.zeros(len(rows), dtype=bool)
-        worse[left[order[max(round(filter.top_share * len(left)), 1) :]]] = True
-        drop(worse, f"not among the best {filter.top_share:g} by {score}")
-    return keep, dropped

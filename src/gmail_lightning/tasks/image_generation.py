@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from gmail_lightning.metrics.clip_score import clip_score
 from gmail_lightning.models.base import DualEncoder, GeneratedImages, ImageGenerator
+from gmail_lightning.models.fingerprint import fingerprint
 from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.transforms.image import resize
 from gmail_lightning.types import InputSpec, PromptBatch
+
+WHOLE = ("32-true", "bf16-mixed", "16-mixed")  # precisions that leave the weights as they are
 
 
 class ScoredImages(NamedTuple):
@@ -49,24 +56,62 @@ class ImageGenerationTask(BaseTask):
         """Whether the generator's weights are more than a random initialisation."""
         return self.generator.pretrained
 
+    def setup(self, stage: str) -> None:
+        """Refuses a precision that converts the weights: the recipe, and so every image's name, says their type.
+
+        Raises:
+            MisconfigurationException: If ``trainer.precision`` is such.
+        """
+        super().setup(stage)
+        if self.trainer.precision not in WHOLE:
+            raise MisconfigurationException(
+                f"precision={self.trainer.precision!r} converts the generator, but its recipe names the type of its "
+                "weights: leave trainer.precision out, and set the generator's own dtype."
+            )
+
+    def describe_scorer(self) -> dict[str, str]:
+        """Which scorer it is: its class and a short fingerprint of its weights; empty without one."""
+        if self.scorer is None:
+            return {}
+        weights = fingerprint(self.scorer, ("image", "text"))["weights"]
+        wave = sum(wave for _, _, wave in weights.values())  # rounded far above what the order of a sum changes
+        return {"scorer": type(self.scorer).__name__, "scorer_weights": f"{len(weights)} matrices, wave {wave:.4f}"}
+
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> ScoredImages:  # type: ignore[override]
         """One image per prompt, (B, 3, H, W)."""
-        images = self.generator.generate(batch["prompt"], batch["seed"])
+        with quiet("diffusers", "transformers.tokenization_utils_base"):  # cut prompts are counted, not told each time
+            images = self.generator.generate(batch["prompt"], batch["seed"])
+            truncated = self.generator.truncated(batch["prompt"])
         score, reason = self._score(images.image, batch["caption"])
-        return ScoredImages(images, self.generator.truncated(batch["prompt"]), score, reason)
+        return ScoredImages(images, truncated, score, reason)
 
     def _score(self, image: Tensor, captions: list[str]) -> tuple[list[float | None], list[str | None]]:
         """CLIPScore of images (B, 3, H, W) with their captions, None with a reason where there is none."""
         if self.scorer is None:
             return [None] * len(image), ["no scorer"] * len(image)
         spec, text_spec = self.scorer.image_spec, self.scorer.text_spec
+        # Converted and resized where the generator left them, on its device.
         finite = torch.isfinite(image).flatten(1).all(dim=1).tolist()
         pixels = (image.nan_to_num() * 255).round_().clamp_(0, 255).to(torch.uint8)
-        device = self.device
-        image_features = self.scorer.encode_image(torch.stack([resize(picture, spec) for picture in pixels]).to(device))
-        text_features = self.scorer.encode_text(text_spec.encode(captions).to(device))
+        resized = torch.stack([resize(picture, spec) for picture in pixels])  # (B, 3, h, w)
+        image_features = self.scorer.encode_image(resized.to(self.device))
+        text_features = self.scorer.encode_text(text_spec.encode(captions).to(self.device))
         scores = clip_score(image_features.float(), text_features.float()).tolist()
         return (
             [score if known else None for score, known in zip(scores, finite, strict=True)],
             [None if known else "not finite" for known in finite],
         )
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Keeps the warnings of some loggers back, and leaves the loggers as they were."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.level, logging.ERROR))
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

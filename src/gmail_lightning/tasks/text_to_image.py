@@ -275,5 +275,5 @@ class TextToImageTask(BaseTask):
             )
         if self.ema is not None and "ema" in checkpoint:
             self.ema.load_state_dict(checkpoint["ema"])
-            self.ema.decay = self.ema_decay  # the user's value, not the file's
+            self.ema.decay = cast(float, self.ema_decay)  # the user's value, not the file's
             self.ema.to(self.device)
