@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.datasets.base import DataError
-from gmail_lightning.datasets.shards import MANIFEST, ROW_GROUP, TEMPORARY
+from gmail_lightning.datasets.shards import MANIFEST, ROW_GROUP, temporary
 from gmail_lightning.datasets.tar_shards import TarShards
 from gmail_lightning.metrics.repair import rank_images
 from gmail_lightning.models.base import DualEncoder
@@ -74,9 +73,9 @@ def repair_store(
     for name, column in columns.items():
         at = table.schema.get_field_index(name)
         table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
-    temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
-    pq.write_table(table, temporary, row_group_size=ROW_GROUP)
-    temporary.replace(path)
+    unfinished = temporary(path)
+    pq.write_table(table, unfinished, row_group_size=ROW_GROUP)
+    unfinished.replace(path)
     changed: int = pc.sum(pc.not_equal(table["repaired_key"], table["key"])).as_py()
     return len(ok), changed
 

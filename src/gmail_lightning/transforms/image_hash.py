@@ -148,7 +148,7 @@ def near_pairs(
     return left, right, distance
 
 
-def near_matches(hashes: np.ndarray, reference: np.ndarray, max_distance: int = 3) -> np.ndarray:
+def near_matches(hashes: np.ndarray, reference: np.ndarray, max_distance: int = 2) -> np.ndarray:
     """For each hash the row of the nearest reference hash within the Hamming distance, the first on ties, or -1.
 
     Args:
