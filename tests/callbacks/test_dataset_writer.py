@@ -21,6 +21,7 @@ from gmail_lightning.datamodules.leakage import AllowedOverlap
 from gmail_lightning.datamodules.prompts import PromptDataModule
 from gmail_lightning.datasets import DataError, TarShards
 from gmail_lightning.datasets import shard_writer as shard_writer_module
+from gmail_lightning.models import GeneratedImages
 from gmail_lightning.types import Modality
 
 SCRIPT = Path(__file__).parents[1] / "distributed" / "generation_ranks.py"
@@ -353,6 +354,22 @@ def test_extend_adds_another_recipe(tmp_path: Path) -> None:
     ]
     generate(tmp_path, data, Stopping(0))  # complete, whichever recipe comes back
     assert manifest(tmp_path) == rows
+
+
+def test_a_termination_stops_it_with_its_own_status(tmp_path: Path, undisturbed: Path) -> None:
+    class Terminated(StubGenerator):
+        def generate(self, captions: list[str], seeds: list[int]) -> GeneratedImages:
+            if len(self.calls) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().generate(captions, seeds)
+
+    stub = Terminated()
+    with pytest.raises(SystemExit) as left:
+        generate(tmp_path, generator=stub)
+    assert left.value.code == 143
+    assert len(stub.calls) == 4
+    generate(tmp_path)
+    assert_same_set(tmp_path, undisturbed)
 
 
 def test_a_later_audit_keeps_added_columns_as_long_as_the_images_are_the_same(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from gmail_lightning.callbacks.dataset_card import dataset_card
 from gmail_lightning.callbacks.generation_plan import (
@@ -190,6 +192,8 @@ class DatasetWriter(Callback):
         if now - self._last >= self.seconds and trainer.is_global_zero:
             self._last = now
             self._tell(trainer, self.progress(now - self._start))
+        if cast(Any, trainer).received_sigterm:  # Lightning's predict loop does not ask, and would go on
+            raise SIGTERMException(128 + signal.SIGTERM)
 
     def _rows(self, data: PromptDataModule, batch: PromptBatch, scored: ScoredImages) -> list[dict[str, Any]]:
         """What the manifest says of a batch, besides the audit."""
