@@ -77,6 +77,12 @@ def test_rows_of_one_caption_get_different_images_and_splits_stay_apart(tmp_path
     assert set(keys[4:]) == {"k004", "k005"}
 
 
+def test_a_row_keeps_its_own_image_where_it_ties(tmp_path: Path) -> None:
+    rows = [store_row(n, caption="caption 0") for n in range(4)] + [store_row(4, caption="caption 4")]
+    folder = write_store(tmp_path / "store", rows)
+    assert repair_store(folder, Knowing([0] * 5)) == (5, 0)
+
+
 def test_sentences_of_another_encoder_decide(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "store", [store_row(n) for n in range(3)])
     calls: list[list[str]] = []
@@ -92,7 +98,7 @@ def test_sentences_of_another_encoder_decide(tmp_path: Path) -> None:
 def test_the_verb_writes_the_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_store(tmp_path / "store", [store_row(n) for n in range(6)])
     assert main(["repair", str(folder), "--encoder", "emoji"]) == 0
-    assert "6 captions" in capsys.readouterr().out
+    assert "6 rows" in capsys.readouterr().out
     table = pq.read_table(folder / "manifest.parquet")
     assert set(table["repaired_key"].to_pylist()) <= set(table["key"].to_pylist())
     assert main(["repair", str(tmp_path), "--encoder", "emoji"]) == 3

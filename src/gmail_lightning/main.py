@@ -102,9 +102,7 @@ def _repair(args: list[str]) -> int:
         return _fail(3, "Data problem", error)
     except (ValueError, OSError, RuntimeError) as error:
         return _fail(2, "Not repaired", error)
-    print(
-        f"{given.folder}: {pairs} captions, {changed} with another image than their own. Read: TarShards(repaired=True)"
-    )
+    print(f"{given.folder}: {pairs} rows, {changed} with another image than their own. Read: TarShards(repaired=True)")
     return 0
 
 

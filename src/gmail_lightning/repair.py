@@ -15,7 +15,7 @@ from torch import Tensor
 from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.shards import MANIFEST, ROW_GROUP, temporary
 from gmail_lightning.datasets.tar_shards import TarShards
-from gmail_lightning.metrics.repair import rank_images
+from gmail_lightning.metrics.repair import TIE, rank_images
 from gmail_lightning.models.base import DualEncoder
 from gmail_lightning.transforms.image import resize
 
@@ -34,7 +34,8 @@ def repair_store(
 
     Two columns are written: ``repaired_key``, the key of the image that the caption of a row is given, and
     ``repair_score``; null where a row is not ``ok``. ``TarShards(repaired=True)`` reads them. Images are chosen within
-    their split. Where several rows have one caption, they get its best image, its second best, and so on. No image is
+    their split. Where several rows have one caption, they share its best images, and a row keeps its own if that
+    is among them. No image is
     changed, and none is generated again.
 
     Args:
@@ -94,15 +95,30 @@ def _choose(
     texts = _in_batches(distinct, batch_size, lambda part: _encode_texts(encoder, part))
     sentences = None if encode_sentences is None else _in_batches(distinct, batch_size, encode_sentences)
     ranked = rank_images(images, texts, sentences, *numbers)
-    number = {caption: row for row, caption in enumerate(distinct)}
-    used = [0] * len(distinct)
-    rows, places = [], []
-    for caption in captions:
-        row = number[caption]
-        rows.append(row)
-        places.append(min(used[row], ranked.score.shape[1] - 1))
-        used[row] += 1
-    return ranked.image_index[rows, places], ranked.score[rows, places]
+    rows_of: dict[str, list[int]] = {caption: [] for caption in distinct}
+    for row, caption in enumerate(captions):
+        rows_of[caption].append(row)
+    chosen, scores = torch.empty(len(captions), dtype=torch.int64), torch.empty(len(captions))
+    for number, caption in enumerate(distinct):
+        candidates = list(zip(ranked.image_index[number].tolist(), ranked.score[number].tolist(), strict=True))
+        for row, (image, score) in _deal(rows_of[caption], candidates):
+            chosen[row], scores[row] = image, score
+    return chosen, scores
+
+
+def _deal(rows: list[int], candidates: list[tuple[int, float]]) -> list[tuple[int, tuple[int, float]]]:
+    """Gives each row of one caption one of its best images; a row whose own image is among the best keeps it.
+
+    Args:
+        rows: The rows of the caption.
+        candidates: Images and scores, the best first; an image has the number of the row that it was made for.
+    """
+    mine = set(rows)
+    best = sorted(candidates, key=lambda pair: (-round(pair[1] / TIE), pair[0] not in mine))[: len(rows)]
+    kept = {image: (image, score) for image, score in best if image in mine}
+    others = [pair for pair in best if pair[0] not in mine] or best
+    left = [row for row in rows if row not in kept]
+    return [*kept.items(), *((row, others[min(i, len(others) - 1)]) for i, row in enumerate(left))]
 
 
 @torch.no_grad()

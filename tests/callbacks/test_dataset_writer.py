@@ -372,6 +372,27 @@ def test_a_termination_stops_it_with_its_own_status(tmp_path: Path, undisturbed:
     assert_same_set(tmp_path, undisturbed)
 
 
+def test_renumbered_captions_keep_their_images(tmp_path: Path) -> None:
+    rows = captions(6)
+    generate(tmp_path, PromptDataModule(rows, evaluation={}))
+    before = {row["key"]: row for row in manifest(tmp_path)}
+    rows = captions(6)
+    rows.pair_id = rows.pair_id + 50
+    stub = StubGenerator()
+    with pytest.warns(UserWarning, match="6 images take another pair_id"):
+        generate(tmp_path, PromptDataModule(rows, evaluation={}), stub)
+    assert stub.calls == []
+    after = {row["key"]: row["pair_id"] for row in manifest(tmp_path)}
+    assert after == {key: row["pair_id"] + 50 for key, row in before.items()}
+
+
+def test_rows_that_share_a_pair_id_are_named(tmp_path: Path) -> None:
+    rows = captions(6)
+    rows.pair_id[4] = rows.pair_id[1]
+    with pytest.warns(UserWarning, match=rf"pair_id {rows.pair_id[1]} stands in .* and in .* \(1 such rows\)"):
+        generate(tmp_path, PromptDataModule(rows, evaluation={}))
+
+
 def test_a_later_audit_keeps_added_columns_as_long_as_the_images_are_the_same(tmp_path: Path) -> None:
     generate(tmp_path, PromptDataModule(captions(6), evaluation={}))
     path = tmp_path / "manifest.parquet"

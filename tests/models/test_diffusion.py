@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_refused(folders: dict[str, Path], tmp_path: Path) 
         make(folders["pixel"], vae_slicing=True)
     with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
         make(tmp_path)
-    with pytest.raises(OSError, match="neither a folder nor to be had from the hub"):
+    with pytest.raises(OSError, match=r"there is no folder .*nobody/nothing, and no pipeline"):
         DiffusersGenerator("nobody/nothing")
     unconditional = UNet2DModel(
         sample_size=8,

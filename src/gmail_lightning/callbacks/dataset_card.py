@@ -62,7 +62,7 @@ def dataset_card(
         "Only rows whose status is `ok` are to be trained on; every score is a column of "
         f"`{MANIFEST}`, so that a threshold is a view.",
         "```python\nfrom gmail_lightning.datasets import TarShards\n\n"
-        f"dataset = TarShards({folder.name!r})  # rows that are ok\n```",
+        f"dataset = TarShards({str(folder)!r})  # rows that are ok\n```",
         "## Audit",
         _audit(rows, distances),
         "## Captions",
@@ -137,7 +137,10 @@ def _scores(rows: pa.Table) -> str:
     lines = [f"No score: {', '.join(f'{count} ({reason})' for reason, count in missing)}."] if missing else []
     if len(scores):
         low, middle, high = np.percentile(scores, (5, 50, 95))
-        lines.append(f"Mean {scores.mean():.3f}, median {middle:.3f}, 90 % between {low:.3f} and {high:.3f}.\n")
+        lines.append(
+            f"2.5 times the cosine, where positive. Mean {scores.mean():.3f}, median {middle:.3f}, 90 % between "
+            f"{low:.3f} and {high:.3f}.\n"
+        )
         counts, edges = np.histogram(scores, BINS)
         bars = (
             f"{left:6.3f} to {right:6.3f} {count:>9} {'#' * round(BAR * count / counts.max())}".rstrip()

@@ -10,11 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from gmail_lightning.callbacks.dataset_card import dataset_card
@@ -269,7 +270,11 @@ class DatasetWriter(Callback):
 
     def _merge(self, data: PromptDataModule, shards: list[str]) -> None:
         evaluation, leakage = data.evaluation_hashes()
-        self.store.merge(shards, evaluation, self.max_distance)
+        pair_ids = data.table.keys(self._recipe_id), np.repeat(data.table.pair_id, data.table.images_per_caption)
+        if renumbered := self.store.merge(shards, evaluation, self.max_distance, pair_ids):
+            rank_zero_warn(
+                f"{renumbered} images take another pair_id than when they were made: that of the captions now."
+            )
         near = "kept" if self.max_distance is None else f"up to {self.max_distance} differing bits of perceptual hashes"
         far = f"Near duplicates: {near}. Near evaluation images: up to {NEAR_DISTANCE} differing bits."
         recipe = self.store.read_recipe()

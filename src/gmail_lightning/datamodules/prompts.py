@@ -46,7 +46,7 @@ class PromptTable:
         first.sort()
         #: Rows whose image id and caption an earlier one has.
         self.repeated = len(columns[0]) - len(first)
-        self.prompt, self.image_id, self.pair_id, self._dataset, self._row, self._caption = (c[first] for c in columns)
+        self.prompt, self.image_id, self.pair_id, self.dataset, self.row, self._caption = (c[first] for c in columns)
 
     def __len__(self) -> int:
         return len(self.prompt) * self.images_per_caption
@@ -55,11 +55,16 @@ class PromptTable:
         """Names of all images, in order."""
         return image_keys(self.prompt, self.images_per_caption, recipe)
 
+    def describe(self, prompt: int) -> str:
+        """Names the row that a prompt comes from, in messages."""
+        dataset: ImageTextDataset = self.datasets[self.dataset[prompt]]
+        return dataset.describe(int(self.row[prompt]))
+
     def caption(self, index: int) -> str:
         """The caption of an image, on one line."""
         prompt = index // self.images_per_caption
-        dataset = self.datasets[self._dataset[prompt]]
-        return one_line(dataset.captions(int(self._row[prompt]))[self._caption[prompt]])
+        dataset = self.datasets[self.dataset[prompt]]
+        return one_line(dataset.captions(int(self.row[prompt]))[self._caption[prompt]])
 
     def key(self, index: int, recipe: str) -> str:
         """Name of an image."""
@@ -74,7 +79,7 @@ class PromptTable:
             "image_index": image_index,
             "image_id": int(self.image_id[prompt]),
             "pair_id": int(self.pair_id[prompt]),
-            **self.datasets[self._dataset[prompt]].columns(int(self._row[prompt])),
+            **self.datasets[self.dataset[prompt]].columns(int(self.row[prompt])),
         }
 
     def batch(self, shard: str, rows: np.ndarray, recipe: str) -> PromptBatch:
@@ -204,10 +209,24 @@ class PromptDataModule(LightningDataModule):
             raise DataError("Nothing to generate: give the data module data sets under captions.")
         self._check_leakage()
         self._table = PromptTable(self.captions, self.images_per_caption, self.captions_per_row, self.prompt_template)
+        self._warn_of_shared_pairs(self._table)
         repeated = f", {self._table.repeated} repeated ones left out" if self._table.repeated else ""
         rank_zero_info(
             f"Split {self.split!r}: {len(self._table.prompt)} prompts{repeated}, {len(self._table)} images to make."
         )
+
+    def _warn_of_shared_pairs(self, table: PromptTable) -> None:
+        """Says so where several rows have one ``pair_id``: the alignment pairs generated rows with one real row."""
+        owner, first = np.unique(np.stack([table.pair_id, table.dataset, table.row]), axis=1, return_index=True)
+        owner, first = owner[:, owner[0] >= 0], first[owner[0] >= 0]
+        again = np.flatnonzero(owner[0, 1:] == owner[0, :-1]) + 1
+        if len(again):
+            one, other = (table.describe(int(first[i])) for i in (again[0] - 1, again[0]))
+            rank_zero_warn(
+                f"pair_id {owner[0, again[0]]} stands in {one} and in {other} ({len(again)} such rows). To align on "
+                "these images in mode 'paired', give each real row a pair_id of its own, now or later: it is no part of "
+                "an image's name."
+            )
 
     def _check_leakage(self) -> None:
         if self.split != "train":

@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
     + [("clip_score", pa.float64()), ("clip_score_reason", pa.string())]
     + [("duplicate_of", pa.string()), ("created", pa.string())]
 )
-AUDITED = ("status", "reason", "duplicate_of")  # set by the pass over all rows
+AUDITED = ("pair_id", "status", "reason", "duplicate_of")  # set by the pass over all rows
 COMPARED = ("key", "exact_hash", "perceptual_hash", *AUDITED)  # read by it
 MANIFEST, PLAN, RECIPE, CARD = "manifest.parquet", "plan.parquet", "recipe.json", "README.md"
 TEMPORARY = ".tmp-"
@@ -170,11 +170,22 @@ class ShardStore:
         shards: list[str],
         evaluation: Mapping[str, tuple[list[str], np.ndarray]],
         max_distance: int | None,
-    ) -> None:
+        pair_ids: tuple[pa.Array, np.ndarray] | None = None,
+    ) -> int:
         """Audits the rows of all shards against one another and writes the manifest, sorted by shard and key.
 
         Two passes over the shards, so that only what is compared is ever in memory at once. Columns that were added to
         an earlier manifest of the very same images (``gmail-lightning repair``) are kept.
+
+        Args:
+            shards: All of the plan.
+            evaluation: Keys and perceptual hashes of evaluation images, by set.
+            max_distance: Of near duplicates.
+            pair_ids: Keys (N,) and the ``pair_id`` that the captions now give them (N,), in place of those that were
+                stored: whoever renumbers the captions keeps the images.
+
+        Returns:
+            Number of rows whose ``pair_id`` is not the stored one.
         """
         schema, compared = SCHEMA, []
         for shard in shards:
@@ -182,6 +193,13 @@ class ShardStore:
             schema = pa.unify_schemas([schema, file.schema_arrow])
             compared.append(file.read(columns=list(COMPARED)).sort_by("key"))
         audited = audit_rows(pa.concat_tables(compared), evaluation, max_distance=max_distance)
+        stored = audited["pair_id"].fill_null(-1).to_numpy()
+        current = stored
+        if pair_ids is not None:
+            row = pc.index_in(audited["key"].combine_chunks(), value_set=pair_ids[0]).fill_null(-1).to_numpy()
+            current = np.where(row >= 0, pair_ids[1][row], stored)
+            at = audited.schema.get_field_index("pair_id")
+            audited = audited.set_column(at, "pair_id", pa.array(current, pa.int64()))
         further = sorted(set(schema.names) - set(SCHEMA.names))
         schema = pa.schema([*SCHEMA, *(schema.field(name) for name in further)])
         path = temporary(self.folder / MANIFEST)
@@ -190,6 +208,7 @@ class ShardStore:
                 writer.write_table(rows, row_group_size=ROW_GROUP)
         self._keep_added(path)
         path.replace(self.folder / MANIFEST)
+        return int((current != stored).sum())
 
     def _keep_added(self, path: Path) -> None:
         """Copies columns of the present manifest that the new one at ``path`` lacks, if both hold the same images."""

@@ -32,10 +32,11 @@ def find_pipeline(pretrained: str, revision: str | None, variant: str | None) ->
     try:
         return Path(DiffusionPipeline.download(pretrained, revision=revision, variant=variant))
     except Exception as error:
-        raise OSError(
-            f"pretrained={pretrained!r} is neither a folder nor to be had from the hub: {error} Without network, give "
-            "a local folder, or fill the hub's cache beforehand."
-        ) from error
+        raise OSError(  # without its cause: the hub's words alone would not tell that a folder was looked for
+            f"pretrained={pretrained!r}: there is no folder {folder.absolute()}, and no pipeline of that name "
+            f"is to be had from the hub: {error} Without network, give a local folder, or fill the hub's "
+            "cache beforehand."
+        ) from None
 
 
 def load_pipeline(folder: Path, variant: str | None, dtype: torch.dtype, fresh: Sequence[str]) -> Any:

@@ -17,6 +17,7 @@ from gmail_lightning.models.open_clip_loading import (
     CONFIG,
     MERGES,
     RESIZE_MODES,
+    SHIPPED,
     WEIGHTS,
     activation_name,
     build_model,
@@ -66,6 +67,11 @@ class OpenCLIPEncoder(DualEncoder):
         grad_checkpointing: bool = False,
     ) -> None:
         folder = find_folder(pretrained)
+        if pretrained is not None and folder is None and model_name is None and config is None:
+            raise ValueError(
+                f"pretrained={pretrained!r} is no folder here, and none of {', '.join(SHIPPED)}. A tag or a file of "
+                "weights needs model_name (or config) beside it."
+            )
         is_hub = (model_name or "").startswith(("hf-hub:", "local-dir:"))
         if is_hub and pretrained is not None:
             raise ValueError(f"model_name={model_name!r} brings its own weights: leave out pretrained={pretrained!r}.")
