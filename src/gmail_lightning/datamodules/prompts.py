@@ -224,7 +224,7 @@ class PromptDataModule(LightningDataModule):
             one, other = (table.describe(int(first[i])) for i in (again[0] - 1, again[0]))
             rank_zero_warn(
                 f"pair_id {owner[0, again[0]]} stands in {one} and in {other} ({len(again)} such rows). To align on "
-                "these images in mode 'paired', give each real row a pair_id of its own, now or later: it is no part of "
+                "these images in mode 'paired', give each real row a pair_id of its own, now or later: it is not in "
                 "an image's name."
             )
 
