@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gmail_lightning.datasets import shards as shards_module
-from gmail_lightning.datasets.shards import EMPTY, SCHEMA, Plan, ShardFile, ShardStore, temporary
+from gmail_lightning.datasets.shard_writer import ShardFile
+from gmail_lightning.datasets.shards import EMPTY, SCHEMA, Plan, ShardStore, temporary
 from gmail_lightning.datasets.tar_index import tar_index
 
 

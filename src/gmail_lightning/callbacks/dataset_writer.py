@@ -55,9 +55,8 @@ class DatasetWriter(Callback):
     Args:
         out: The folder; all nodes must see it.
         mode: ``incremental`` makes what is missing for the recipe that the folder was made by, and refuses another
-            recipe, way of storing or scorer; prompts that are not
-            planned yet get shards of their own. ``overwrite`` first removes what this stage wrote there. ``extend``
-            adds the images of another recipe to those that are there.
+            recipe, way of storing or scorer; prompts that are not planned yet get shards of their own. ``overwrite``
+            first removes what this stage wrote there. ``extend`` adds the images of another recipe.
         shard_size: Images of a shard.
         size: Size to store, see ``ImageFormat``: pixels of the shorter side, or height and width; None keeps the
             generator's. Images stored at the size of training are read several times faster.

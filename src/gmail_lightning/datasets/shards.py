@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
-import tarfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -239,44 +237,6 @@ class ShardStore:
             if number == len(shards) or sum(map(len, parts)) >= ROW_GROUP:
                 yield pa.concat_tables(parts).combine_chunks()
                 parts = []
-
-
-class ShardFile:
-    """A shard in the making. ``close`` gives the tar its name, then writes the rows that say it is complete."""
-
-    def __init__(self, folder: Path, shard: str) -> None:
-        self.path, self.rows = folder / f"{shard}.tar", list[dict[str, Any]]()
-        self._temporary = temporary(self.path)
-        self._file = self._temporary.open("wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-
-    def add(self, row: dict[str, Any], image: bytes | None, suffix: str) -> None:
-        """Adds a row, and its image where there is one."""
-        self.rows.append(row)
-        if image is None:
-            return
-        texts = {"txt": row["caption"].encode(), "json": json.dumps(row).encode()}
-        for name, data in {suffix: image, **texts}.items():
-            member = tarfile.TarInfo(f"{row['key']}.{name}")
-            member.size = len(data)
-            self._tar.addfile(member, io.BytesIO(data))
-
-    def close(self) -> None:
-        """Completes the shard."""
-        further = sorted({name for row in self.rows for name in row} - set(SCHEMA.names))
-        schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in further)])
-        table = pa.Table.from_pylist(self.rows, schema)
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.replace(self.path)
-        write_table(table, self.path.with_suffix(".parquet"))
-
-    def discard(self) -> None:
-        """Removes what there is of the shard."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
 
 
 def temporary(path: Path) -> Path:
