@@ -11,22 +11,14 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from recorder import SPEC, Recorder, encode, trainer
 from tar_fixtures import picture, sample, store_row, write_store, write_tar
-from torch import Tensor, nn
 
 from gmail_lightning.datamodules import StreamingDataModule
 from gmail_lightning.datamodules.stream_rows import MAX_BROKEN, StreamRows
 from gmail_lightning.datasets import DataError, TarShards
-from gmail_lightning.types import ImageSpec, InputSpec, TextSpec
 
-
-def encode(texts: list[str]) -> Tensor:
-    return torch.tensor([[ord(c) for c in text[:12].ljust(12)] for text in texts])
-
-
-SPEC = InputSpec(ImageSpec((6, 6)), {"text": TextSpec(encode, 12)})
 PER_SHARD = 5
 
 
@@ -36,33 +28,6 @@ def shards(folder: Path, number: int, **record: Any) -> str:
         keys = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
         write_tar(folder / f"{shard:03d}.tar", [m for n in keys for m in sample(f"k{n}", n, f"caption {n}", **record)])
     return f"{folder}/{{000..{number - 1:03d}}}.tar"
-
-
-class Recorder(LightningModule):
-    input_spec = SPEC
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.seen: list[dict[str, Any]] = []
-        self.evaluated: list[dict[str, Any]] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.seen.append(dict(batch))
-        return self.weight.sum()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.evaluated.append(dict(batch))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def trainer(folder: Path, **arguments: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    if "callbacks" not in arguments:
-        quiet["enable_checkpointing"] = False
-    return Trainer(**{"default_root_dir": folder, **quiet, **arguments})
 
 
 def module(urls: str | list[str], **arguments: Any) -> StreamingDataModule:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from recorder import SPEC, Recorder, trainer
 from tar_fixtures import picture, sample, store_row, write_store, write_tar
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -21,39 +22,7 @@ from torchvision.transforms import v2
 from gmail_lightning.datamodules import MixedModalityDataModule, StreamingDataModule
 from gmail_lightning.datasets import DataError, Filter, ImageFolder, ManifestDataset, TarShards
 from gmail_lightning.tasks import BaseTask
-from gmail_lightning.types import ImageSpec, InputSpec, TextSpec
-
-
-def encode(texts: list[str]) -> Tensor:
-    return torch.tensor([[ord(c) for c in text[:8].ljust(8)] for text in texts])
-
-
-SPEC = InputSpec(ImageSpec((6, 6)), {"text": TextSpec(encode, 8)})
-
-
-class Recorder(LightningModule):
-    """Trains one number, and records what it is given."""
-
-    input_spec = SPEC
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.seen: list[dict[str, Any]] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.seen.append(dict(batch))
-        return self.weight.sum()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def trainer(folder: Path, **arguments: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    if "callbacks" not in arguments:
-        quiet["enable_checkpointing"] = False
-    return Trainer(**{"default_root_dir": folder, **quiet, **arguments})
+from gmail_lightning.types import InputSpec
 
 
 def real_and_generated(folder: Path, number: int = 22, **arguments: Any) -> tuple[ManifestDataset, TarShards]:
