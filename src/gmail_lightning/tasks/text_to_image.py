@@ -232,6 +232,17 @@ class TextToImageTask(BaseTask):
         prediction, target = self._denoise(clean, noise, timestep, batch["text"][first])
         metrics["denoising"].update((prediction.float() - target).square().flatten(1).mean(dim=1))
 
+    def predict_step(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Images are made by another task, out of prompts.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        raise MisconfigurationException(
+            "TextToImageTask trains a generator. To make images with it, predict with ImageGenerationTask and the "
+            "pipeline that training wrote (recipes/emoji/generate.yaml)."
+        )
+
     # What is kept
 
     def save_pipeline(self, folder: str | Path) -> None:
