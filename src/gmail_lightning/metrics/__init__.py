@@ -4,12 +4,16 @@ from gmail_lightning.metrics.clip_score import CLIPScore, clip_score
 from gmail_lightning.metrics.modality_gap import ModalityGap, linear_probe_accuracy, modality_gap
 from gmail_lightning.metrics.repair import Repair, repair_pairs
 from gmail_lightning.metrics.retrieval import ImageTextRecall, image_text_recall
+from gmail_lightning.metrics.truncation import TruncatedTexts
+from gmail_lightning.metrics.zero_shot import ZeroShotAccuracy
 
 __all__ = [
     "CLIPScore",
     "ImageTextRecall",
     "ModalityGap",
     "Repair",
+    "TruncatedTexts",
+    "ZeroShotAccuracy",
     "clip_score",
     "image_text_recall",
     "linear_probe_accuracy",

@@ -1,8 +1,9 @@
-"""Image-text recall by counting ranks: exact, chunked, one matrix product for both directions."""
+"""Image-text recall by counting ranks: exact, in tiles, one matrix product for both directions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,48 +11,21 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-CHUNK = 512  # image rows scored at once; the score block is the only memory that grows with the texts
+#: Images and texts of a tile of scores. A CPU tile stays in the cache; a GPU needs large ones to keep its launches few.
+CPU_TILE = (512, 1024)
+GPU_TILE = (4096, 8192)
+
 TIE = 1e-6  # cosines closer than this are equal: fp32 rounds one and the same cosine differently in different kernels
-
-
-def _check(features: Tensor, name: str) -> Tensor:
-    """Unit-norm float32 rows; NaN and infinity are an error, because they compare as a perfect score."""
-    if features.ndim != 2 or len(features) == 0:
-        raise ValueError(f"{name}: expected shape (N, D) with N > 0, got {tuple(features.shape)}.")
-    if not torch.isfinite(features).all():
-        raise ValueError(f"{name}: {int((~torch.isfinite(features)).any(dim=1).sum())} rows are not finite.")
-    return F.normalize(features.float(), dim=-1)
-
-
-def _ranks(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank of the best positive of every image (I,) and of every text (T,), 0 is best, a tie counts half."""
-    positive = (text * image[owner]).sum(dim=1)  # (T,)
-    best = torch.full((len(image),), -torch.inf, device=image.device).scatter_reduce(0, owner, positive, "amax")
-    image_rank, text_rank = positive.new_empty(len(image)), positive.new_zeros(len(text))
-    own_texts = torch.argsort(owner, stable=True)  # the texts of a block of images lie next to one another
-    first = torch.searchsorted(owner[own_texts].contiguous(), torch.arange(len(image) + 1, device=image.device))
-    for start in range(0, len(image), CHUNK):
-        stop = min(start + CHUNK, len(image))
-        scores = image[start:stop] @ text.T  # (C, T)
-        own = own_texts[first[start] : first[stop]]
-        scores[owner[own] - start, own] = -torch.inf  # a positive never stands above itself or its siblings
-        image_rank[start:stop] = _above(scores, best[start:stop, None], dim=1)
-        text_rank += _above(scores, positive[None], dim=0)
-    return image_rank, text_rank
-
-
-def _above(scores: Tensor, positive: Tensor, dim: int) -> Tensor:
-    """Number of scores above the positive, ties counting half."""
-    return 0.5 * ((scores > positive + TIE).sum(dim=dim) + (scores >= positive - TIE).sum(dim=dim))
 
 
 def image_text_recall(
     image_features: Tensor, text_features: Tensor, text_image_index: Tensor, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, Tensor]:
-    """Recall at k of image-to-text and text-to-image retrieval by cosine similarity.
+    """Recall at k and median rank of image-to-text and text-to-image retrieval by cosine similarity.
 
     An image counts as found if any of its texts is among the k best. A candidate that ties with the positive counts
-    half a rank, so that equal features for everything score at chance and not 1.
+    half a rank, so that equal features for everything score at chance and not 1. Features of any precision are read
+    block by block, so they may be memory-mapped; above the inputs stay one tile and a few numbers per image.
 
     Args:
         image_features: Shape (I, D), normalised inside.
@@ -60,33 +34,139 @@ def image_text_recall(
         ks: The values of k.
 
     Returns:
-        ``i2t_R@k`` and ``t2i_R@k`` for every k, scalars in [0, 1].
+        ``i2t_R@k`` and ``t2i_R@k`` for every k, scalars in [0, 1]; ``i2t_median_rank`` and ``t2i_median_rank``, 1 is
+        best.
 
     Raises:
         ValueError: If shapes disagree, an index is out of range, an image has no text, or a feature is not finite.
 
     Example:
         >>> import torch
-        >>> image_text_recall(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), ks=(1,))
-        {'i2t_R@1': tensor(1.), 't2i_R@1': tensor(1.)}
+        >>> image_text_recall(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), ks=(1,))["i2t_R@1"]
+        tensor(1.)
     """
-    image, text = _check(image_features, "image_features"), _check(text_features, "text_features")
-    owner = text_image_index.to(image.device, torch.int64)
-    if owner.shape != (len(text),):
-        raise ValueError(f"text_image_index: expected shape ({len(text)},), one per text, got {tuple(owner.shape)}.")
-    if owner.min() < 0 or owner.max() >= len(image):
+    for name, features in (("image_features", image_features), ("text_features", text_features)):
+        _check_features(features, name)
+    if image_features.shape[1] != text_features.shape[1]:
         raise ValueError(
-            f"text_image_index: values in [{owner.min()}, {owner.max()}], but there are {len(image)} images."
+            f"Images and texts need features of one width, got {tuple(image_features.shape)} and "
+            f"{tuple(text_features.shape)}."
         )
-    without = len(image) - len(owner.unique())
+    owner = text_image_index.to(image_features.device, torch.int64)
+    _check_owner(owner, len(image_features), len(text_features))
+    with _full_precision():
+        image_rank, text_ranks = _ranks(image_features, text_features, owner)
+    ranks, images = image_rank.unique(return_counts=True)
+    halves = torch.arange(len(text_ranks), device=ranks.device) / 2
+    return {**_summary("i2t", ranks, images, ks), **_summary("t2i", halves, text_ranks, ks)}
+
+
+def _check_features(features: Tensor, name: str) -> None:
+    """Refuses NaN and infinity, because they compare as a perfect score."""
+    if features.ndim != 2 or len(features) == 0:
+        raise ValueError(f"{name}: expected shape (N, D) with N > 0, got {tuple(features.shape)}.")
+    # NaN and infinity times 0 is NaN; isfinite of every entry takes ten times as long
+    bad = sum(int((features[rows] * 0).sum(dim=1).isnan().sum()) for rows in _blocks(features, 1))
+    if bad:
+        raise ValueError(f"{name}: {bad} rows are not finite.")
+
+
+def _check_owner(owner: Tensor, images: int, texts: int) -> None:
+    if owner.shape != (texts,):
+        raise ValueError(f"text_image_index: expected shape ({texts},), one per text, got {tuple(owner.shape)}.")
+    if owner.min() < 0 or owner.max() >= images:
+        raise ValueError(f"text_image_index: values in [{owner.min()}, {owner.max()}], but there are {images} images.")
+    without = int((owner.bincount(minlength=images) == 0).sum())
     if without:
-        raise ValueError(f"text_image_index: {without} of {len(image)} images have no text.")
-    i2t, t2i = _ranks(image, text, owner)
-    return {f"{name}_R@{k}": (rank < k).float().mean() for name, rank in (("i2t", i2t), ("t2i", t2i)) for k in ks}
+        raise ValueError(f"text_image_index: {without} of {images} images have no text.")
+
+
+def _blocks(features: Tensor, side: int) -> Iterator[slice]:
+    """Rows of each block of images (side 0) or texts (side 1)."""
+    step = (CPU_TILE if features.device.type == "cpu" else GPU_TILE)[side]
+    return (slice(start, min(start + step, len(features))) for start in range(0, len(features), step))
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products in fp32, where the user lets those of training run in TF32 or bf16: their scores would reorder."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return F.normalize(rows.float(), dim=1)
+
+
+def _ranks(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank of the best positive, 0 is best: of every image, shape (I,), and how many texts have rank h/2, (2I + 1,).
+
+    The rank is the number of candidates that score above the positive, so nothing is sorted. There are at least as many
+    texts as images, so the texts are walked once per pass, and only a histogram of their ranks is kept.
+    """
+    best = torch.full((len(image),), -torch.inf, device=image.device)
+    for j in _blocks(text, 1):
+        best.scatter_reduce_(0, owner[j], _positive(_unit(text[j]), image[owner[j]]), "amax")
+    image_rank = torch.zeros(len(image), dtype=torch.float64, device=image.device)
+    text_ranks = torch.zeros(2 * len(image) + 1, dtype=torch.int64, device=image.device)
+    tile = CPU_TILE if image.device.type == "cpu" else GPU_TILE
+    buffer = best.new_empty(2, min(tile[0], len(image)) * min(tile[1], len(text)))
+    for j in _blocks(text, 1):
+        unit = _unit(text[j])
+        positive = _positive(unit, image[owner[j]])
+        rank = torch.zeros_like(positive)
+        for i in _blocks(image, 0):
+            shape = i.stop - i.start, len(unit)
+            scores, spare = (flat[: shape[0] * shape[1]].view(shape) for flat in buffer)
+            torch.mm(_unit(image[i]), unit.T, out=scores)
+            _mask_own(scores, owner[j] - i.start)
+            image_rank[i] += _above(scores, best[i, None], 1, spare)
+            rank += _above(scores, positive[None], 0, spare)
+        text_ranks += (2 * rank).long().bincount(minlength=len(text_ranks))
+    return image_rank, text_ranks
+
+
+def _positive(text: Tensor, image: Tensor) -> Tensor:
+    """Scores of texts, unit rows (B, D), with their own images (B, D)."""
+    return _unit(image).mul_(text).sum(dim=1)
+
+
+def _mask_own(scores: Tensor, row: Tensor) -> None:
+    """A positive never stands above itself or its siblings: entry (row[c], c) of a tile, where it lies in the tile."""
+    column = torch.arange(len(row), device=row.device)
+    inside = (row >= 0) & (row < len(scores))
+    row = row.clamp(0, len(scores) - 1)
+    scores[row, column] = scores[row, column].masked_fill(inside, -torch.inf)
+
+
+def _above(scores: Tensor, positive: Tensor, dim: int, spare: Tensor) -> Tensor:
+    """Number of scores above the positive, ties counting half; ``spare`` is overwritten."""
+    sign = torch.ops.aten.hardshrink.out(torch.sub(scores, positive, out=spare), TIE, out=spare).sign_()
+    above: Tensor = (sign.sum(dim=dim) + scores.shape[dim]) / 2
+    return above
+
+
+def _summary(name: str, ranks: Tensor, counts: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
+    """Recall and median rank, of ranks in ascending order and the number of queries that have each."""
+    seen = counts.cumsum(0)
+    total = seen[-1]
+    middle = torch.stack([(total - 1) // 2, total // 2])  # of an even number the mean of two
+    median = ranks[torch.searchsorted(seen, middle, right=True)].mean().float() + 1
+    recall = {f"{name}_R@{k}": counts[ranks < k].sum() / total for k in ks}
+    return {**recall, f"{name}_median_rank": median}
 
 
 class ImageTextRecall(Metric):
-    """``image_text_recall`` over batches and ranks; ids, not positions, say which texts belong to which image."""
+    """``image_text_recall`` over batches and ranks; ids, not positions, say which texts belong to which image.
+
+    Args:
+        ks: The values of k.
+        prefix: Put before the name of every value.
+    """
 
     full_state_update = False
     image_features: list[Tensor]
@@ -101,23 +181,43 @@ class ImageTextRecall(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, image_features: Tensor, image_id: Tensor, text_features: Tensor, text_image_id: Tensor) -> None:
-        """Adds images (I, D) with ids (I,) and texts (T, D) with the ids of their images (T,)."""
+        """Adds images (I, D) with ids (I,) and texts (T, D) with the ids of their images (T,); I or T may be 0."""
+        for name, features, ids in (("image", image_features, image_id), ("text", text_features, text_image_id)):
+            if features.ndim != 2 or ids.shape != features.shape[:1]:
+                raise ValueError(
+                    f"{name}: expected features (N, D) and ids (N,), got {tuple(features.shape)} and "
+                    f"{tuple(ids.shape)}."
+                )
         self.image_features.append(image_features.detach().float())
         self.image_id.append(image_id)
         self.text_features.append(text_features.detach().float())
         self.text_image_id.append(text_image_id)
 
     def compute(self) -> dict[str, Tensor]:
-        """See ``image_text_recall``; an id that came twice, or a text without its image, is an error."""
-        ids, order = dim_zero_cat(self.image_id).sort()
+        """See ``image_text_recall``; also ``num_images`` and ``num_texts``. Nothing where no row came at all.
+
+        Raises:
+            ValueError: If an id came twice, an image has no text, a text has no image, or a feature is not finite.
+        """
+        images, texts = _joined(self.image_id), _joined(self.text_image_id)
+        if len(images) == len(texts) == 0:
+            return {}
+        if len(images) == 0 or len(texts) == 0:
+            raise ValueError(f"An evaluation needs images and texts, got {len(images)} images and {len(texts)} texts.")
+        ids, order = images.long().sort()
         if (ids[1:] == ids[:-1]).any():
             raise ValueError(f"image_id {int(ids[1:][ids[1:] == ids[:-1]][0])} came more than once in one evaluation.")
-        text_ids = dim_zero_cat(self.text_image_id)
-        index = torch.searchsorted(ids, text_ids).clamp(max=len(ids) - 1)
-        if (ids[index] != text_ids).any():
-            raise ValueError(
-                f"A text belongs to image_id {int(text_ids[ids[index] != text_ids][0])}, which never came."
-            )
-        features = dim_zero_cat(self.image_features)[order]
-        recall = image_text_recall(features, dim_zero_cat(self.text_features), index, self.ks)
-        return {self.prefix + name: value for name, value in recall.items()}
+        texts = texts.long()
+        index = torch.searchsorted(ids, texts).clamp(max=len(ids) - 1)
+        if (ids[index] != texts).any():
+            raise ValueError(f"A text belongs to image_id {int(texts[ids[index] != texts][0])}, which never came.")
+        image_features, text_features = _joined(self.image_features), _joined(self.text_features)
+        values = image_text_recall(image_features, text_features, order[index], self.ks)
+        values["num_images"] = torch.tensor(float(len(images)), device=images.device)
+        values["num_texts"] = torch.tensor(float(len(texts)), device=images.device)
+        return {self.prefix + name: value for name, value in values.items()}
+
+
+def _joined(state: list[Tensor] | Tensor) -> Tensor:
+    """The rows of a state, over all ranks once it is synchronised."""
+    return dim_zero_cat(state) if len(state) else torch.empty(0)
