@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gmail_lightning import distributed
-from gmail_lightning.losses import alignment_loss, clip_loss, sigmoid_loss
+from gmail_lightning.losses import alignment_loss, clip_loss, principal_components, sigmoid_loss
 
 COLLECTIVES = (
     *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single"),
@@ -34,6 +34,18 @@ CASES = {
     "clip, safe path": (  # in float64, since cosines near 1 and -1 leave little of a gradient in fp32
         lambda m, a, b, ids: clip_loss((a + m.far).double(), (b + m.far.abs()).double(), 150.0, ids=ids),
         {"second"},
+    ),
+    "clip, smoothed": (lambda m, a, b, ids: clip_loss(a, b, m.scale.exp(), label_smoothing=0.1), {"second", "scale"}),
+    "clip, smoothed, ids": (
+        lambda m, a, b, ids: clip_loss(a, b, m.scale.exp(), ids=ids, label_smoothing=0.3),
+        {"second", "scale"},
+    ),
+    "clip, smoothed, frozen": (lambda m, a, b, ids: clip_loss(b, a, 9.0, ids=ids, label_smoothing=0.1), set()),
+    "clip, components": (
+        lambda m, a, b, ids: clip_loss(
+            principal_components(a, 3), b, m.scale.exp(), ids=ids, label_smoothing=0.1, normalize_images=False
+        ),
+        {"second", "scale"},
     ),
     "sigmoid": (lambda m, a, b, ids: sigmoid_loss(a, b, m.scale.exp(), m.bias), {"second", "scale", "bias"}),
     "sigmoid, ids": (lambda m, a, b, ids: sigmoid_loss(a, b, m.scale.exp(), m.bias, ids=ids), {"scale", "bias"}),

@@ -27,6 +27,19 @@ def dense_clip(image, text, scale, ids=None):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def dense_smoothed(image, text, scale, ids=None, smoothing=0.1, normalize_images=True):
+    """Torch's own smoothing, row by row over the candidates of each."""
+    logits, masked = dense_logits(image, text, scale, ids)
+    if not normalize_images:
+        logits = logits * image.double().norm(dim=1, keepdim=True)
+    total = 0
+    for table, left_out in ((logits, masked), (logits.T, masked.T)):
+        for i, (row, out) in enumerate(zip(table, left_out, strict=True)):
+            target = int((~out[:i]).sum())  # place of the pair among its candidates
+            total = total + F.cross_entropy(row[~out][None], torch.tensor([target]), label_smoothing=smoothing)
+    return total / (2 * len(logits))
+
+
 def dense_sigmoid(image, text, scale, bias, ids=None):
     logits, masked = dense_logits(image, text, scale, ids)
     sign = 2 * torch.eye(len(image), dtype=torch.float64) - 1
@@ -81,6 +94,44 @@ def test_sigmoid_loss_equals_the_dense_formula(tile, scale, bias, ids):
     actual = gradients(lambda i, t, s, b: sigmoid_loss(i, t, s, b, ids=ids), image, text, scale, bias)
     expected = gradients(lambda i, t, s, b: dense_sigmoid(i, t, s, b, ids), image, text, scale, bias)
     assert_equal_gradients(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("ids", [None, 40, 5], ids=["distinct", "40 ids", "5 ids"])
+@pytest.mark.parametrize("normalize_images", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_smoothed_labels_equal_torch(tile, smoothing, normalize_images, ids):
+    image, text = features(37)
+    ids = ids and torch.randint(ids, (37,), generator=torch.Generator().manual_seed(1))
+    scale = torch.tensor(6.0, requires_grad=True)
+    options = {"ids": ids, "normalize_images": normalize_images}
+    actual = gradients(lambda i, t, s: clip_loss(i, t, s, label_smoothing=smoothing, **options), image, text, scale)
+    expected = gradients(lambda i, t, s: dense_smoothed(i, t, s, smoothing=smoothing, **options), image, text, scale)
+    assert_equal_gradients(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["image", "text"])
+@pytest.mark.parametrize("norm", [1e-3, 1.0, 50.0])
+def test_images_of_any_norm_beside_a_frozen_side(frozen, norm):
+    image, text = features(29, dtype=torch.float64)
+    image = (norm / 4 * image).detach().requires_grad_()
+    (image if frozen == "image" else text).requires_grad_(False)
+    trained = text if frozen == "image" else image
+    options = {"ids": torch.arange(29) // 2, "normalize_images": False}
+    actual = gradients(lambda x: clip_loss(image, text, 8.0, label_smoothing=0.1, **options), trained)
+    expected = gradients(lambda x: dense_smoothed(image, text, 8.0, **options), trained)
+    assert_equal_gradients(actual, expected, 1e-9)
+
+
+def test_smoothing_needs_no_matrix_and_keeps_half_precision_out():
+    image, text = features(2048, dim=32, dtype=torch.bfloat16)
+    with Largest() as largest, torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = clip_loss(image, text, 20.0, ids=torch.arange(2048) // 2, label_smoothing=0.1, normalize_images=False)
+        loss.backward()
+    assert largest.elements == tiled.CPU_TILE[0] * tiled.CPU_TILE[1] < 2048 * 2048
+    assert (loss.dtype, image.grad.dtype) == (torch.float32, torch.bfloat16)
+    image, text = (x.detach().float() for x in (image, text))
+    expected = clip_loss(image, text, 20.0, ids=torch.arange(2048) // 2, label_smoothing=0.1, normalize_images=False)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_float64_features_are_computed_in_float64(tile):
@@ -261,6 +312,8 @@ def test_faulty_input_is_refused_by_name():
         sigmoid_loss(image, torch.ones(4), 1.0, 0.0)
     with pytest.raises(ValueError, match=r"ids must have shape \(4,\).*got \(3,\)"):
         clip_loss(image, image, 1.0, ids=torch.arange(3))
+    with pytest.raises(ValueError, match=r"label_smoothing=1 must be in \[0, 1\)"):
+        clip_loss(image, image, 1.0, label_smoothing=1)
     with pytest.raises(ValueError, match="have no rows"):
         clip_loss(torch.ones(0, 3), torch.ones(0, 3), 1.0)
 

@@ -3,5 +3,13 @@
 from gmail_lightning.losses.alignment import alignment_loss
 from gmail_lightning.losses.contrastive import clip_loss, sigmoid_loss
 from gmail_lightning.losses.diffusion import denoising_loss, min_snr_weight
+from gmail_lightning.losses.principal_components import principal_components
 
-__all__ = ["alignment_loss", "clip_loss", "denoising_loss", "min_snr_weight", "sigmoid_loss"]
+__all__ = [
+    "alignment_loss",
+    "clip_loss",
+    "denoising_loss",
+    "min_snr_weight",
+    "principal_components",
+    "sigmoid_loss",
+]

@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gmail_lightning.distributed import all_reduce, gather_rows, rank, world_size
-from gmail_lightning.losses.tiled import Derivative, LogitStrip, Pairs, check_pairs, gather_pairs, pair_gradients
+from gmail_lightning.losses.smoothing import as_cosines, mean_margin
+from gmail_lightning.losses.tiled import (
+    Derivative,
+    LogitStrip,
+    Pairs,
+    check_pairs,
+    gather_pairs,
+    pair_gradients,
+    unit_rows,
+)
 
 #: Powers are taken of exponents up to this one, which leaves a factor of 2^27 to the number of rows in fp32.
 MAX_EXPONENT = 100.0
@@ -22,7 +31,13 @@ Sums: TypeAlias = tuple[Tensor, Tensor | None, Tensor]  # over rows, over column
 
 
 def clip_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, *, ids: Tensor | None = None
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    normalize_images: bool = True,
 ) -> Tensor:
     """Symmetric InfoNCE between images and their texts (CLIP, arXiv 2103.00020, figure 3), over all ranks.
 
@@ -36,22 +51,34 @@ def clip_loss(
         text_features: Features, shape (N, D); row i belongs to row i of ``image_features``.
         logit_scale: Factor of the cosine similarities, already exponentiated; may be learned.
         ids: Integers, shape (N,). Rows with the same id are not negatives of one another. Default: all differ.
+        label_smoothing: Share of the target that is spread evenly over all candidates, the pair's own included, as in
+            ``torch.nn.functional.cross_entropy``; rows with the same id are no candidates.
+        normalize_images: Whether to normalise ``image_features``. Without, their norms weigh the logits.
 
     Returns:
         Scalar, the mean over both directions and all pairs.
 
     Raises:
-        ValueError: If the features are not N >= 1 pairs, ``ids`` has another length, or the ranks hold different
-            numbers of rows.
+        ValueError: If the features are not N >= 1 pairs, ``ids`` has another length, ``label_smoothing`` is not in
+            [0, 1), or the ranks hold different numbers of rows.
 
     Example:
         >>> clip_loss(torch.eye(2), torch.eye(2), 1.0)
         tensor(0.3133)
     """
     check_pairs(image_features, text_features, ids, ("image_features", "text_features"))
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1).")
+    scale = scalar_like(logit_scale, image_features)
+    smoothing: float | Tensor = 0.0
+    if label_smoothing:
+        image = unit_rows(image_features) if normalize_images else image_features.to(scale.dtype)
+        smoothing = label_smoothing * scale * mean_margin(image, unit_rows(text_features), ids)
+    if not normalize_images:
+        image_features, text_features, scale = as_cosines(image_features, text_features, scale)
     if text_features.requires_grad and not image_features.requires_grad:
         image_features, text_features = text_features, image_features  # the same loss, cheaper: see `gather_pairs`
-    return info_nce(image_features, text_features, logit_scale, ids, symmetric=True)
+    return info_nce(image_features, text_features, scale, ids, symmetric=True) + smoothing
 
 
 def sigmoid_loss(
