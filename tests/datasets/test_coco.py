@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gmail_lightning.datasets import CocoCaptions, DataError, ImageDecodeError
+from gmail_lightning.datasets import CocoCaptions, DataError, ImageDecodeError, protocols
 
 COCO: dict[str, Any] = {
     "images": [{"id": 9, "file_name": "9.png"}, {"id": 4, "file_name": "4.png"}],
@@ -117,7 +117,28 @@ def without(content: dict[str, Any], part: str, key: str) -> dict[str, Any]:
         ([], None, "no list 'images'"),
         (without(COCO, "annotations", "caption"), None, "an entry has no 'caption'"),
         ({**COCO, "images": COCO["images"][:1]}, None, "caption 31 belongs to image 4, which 'images' lacks"),
-        ({**COCO, "annotations": [{"id": 3, "image_id": 4, "caption": " "}]}, None, "caption 3 of image 4 is empty"),
+        (
+            {"images": COCO["images"][1:], "annotations": [{"id": 3, "image_id": 4, "caption": " "}]},
+            None,
+            "caption 3 of 4.png is empty",
+        ),
+        (
+            {**COCO, "images": [*COCO["images"], {"id": 2, "file_name": "b"}]},
+            None,
+            r"1 of 3 images have no caption.* 2 ",
+        ),
+        ({**COCO, "images": [*COCO["images"], COCO["images"][0]]}, None, "3 images have 2 different ids"),
+        (
+            {**COCO, "annotations": [*COCO["annotations"], COCO["annotations"][0]]},
+            None,
+            r"1 ids of captions occur more than once, one of them with 4.png \(31\)",
+        ),
+        (
+            {"images": [*KARPATHY["images"], karpathy(7, "test", [9])]},
+            "test",
+            r"image 7 \(val2014/7.png\) stands there",
+        ),
+        ({"images": [karpathy(7, "test", [])]}, "test", r"image 7 \(val2014/7.png\) has no caption"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, content: Any, split: str | None, message: str) -> None:
@@ -131,3 +152,67 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text('{"images": [')
     with pytest.raises(DataError, match=r"half\.json: not valid JSON"):
         CocoCaptions(tmp_path / "half.json", tmp_path)
+
+
+def six_captions(images: int) -> dict[str, Any]:
+    """COCO's format; the captions of an image are not neighbours."""
+    return {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(1, images + 1)],
+        "annotations": [
+            {"id": 10 * i + k, "image_id": i, "caption": f"image {i} caption {k}"}
+            for k in range(6)
+            for i in range(images, 0, -1)
+        ],
+    }
+
+
+def test_the_first_captions_of_each_image(tmp_path: Path) -> None:
+    path = write(tmp_path, six_captions(3))
+    data = CocoCaptions(path, tmp_path, captions_per_image=2)
+    assert data.pair_id.tolist() == [30, 20, 10, 31, 21, 11]
+    assert len(CocoCaptions(path, tmp_path, captions_per_image=9)) == 18
+
+
+def small(monkeypatch: pytest.MonkeyPatch, name: str, images: int, captions: int) -> None:
+    published = protocols.CAPTION_PROTOCOLS[name]
+    monkeypatch.setitem(protocols.CAPTION_PROTOCOLS, name, published._replace(images=images, captions=captions))
+
+
+def test_the_coco_5k_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, six_captions(3))
+    with pytest.raises(
+        DataError,
+        match=r"captions.json: not the protocol coco_5k: 3 images instead of 5,000, 15 captions instead of 25,000. "
+        r"It is COCO val2017, .*: read captions_val2017.json",
+    ):
+        CocoCaptions(path, tmp_path, protocol="coco_5k")
+    small(monkeypatch, "coco_5k", 3, 15)
+    data = CocoCaptions(path, tmp_path, protocol="coco_5k")
+    assert [data.captions(i)[0] for i in range(15)] == [
+        f"image {i} caption {k}" for k in range(5) for i in range(3, 0, -1)
+    ]
+    assert data.split == "val"  # refused as training data
+    assert data.summary is not None
+    assert "protocol coco_5k" in data.summary
+    assert "3 images, 15 captions" in data.summary
+    for wrong in ({"captions_per_image": 1}, {"split": "val"}):
+        with pytest.raises(DataError, match=f"{next(iter(wrong))}=.*Leave .* out"):
+            CocoCaptions(path, tmp_path, protocol="coco_5k", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Unknown protocol 'coco'"):
+        CocoCaptions(path, tmp_path, protocol="coco")  # type: ignore[arg-type]
+
+
+def test_the_karpathy_test_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, KARPATHY)
+    with pytest.raises(DataError, match=r"1 images instead of 5,000, 2 captions instead of 25,010"):
+        CocoCaptions(path, tmp_path, protocol="karpathy_test")
+    small(monkeypatch, "karpathy_test", 1, 2)
+    data = CocoCaptions(path, tmp_path, protocol="karpathy_test")
+    assert data.pair_id.tolist() == [70, 71]
+    assert data.split == "test"
+    with pytest.raises(DataError, match="split='val', but the protocol karpathy_test is Karpathy's test split"):
+        CocoCaptions(path, tmp_path, split="val", protocol="karpathy_test")
+    with pytest.raises(DataError, match=r"the protocol coco_5k is .*: read captions_val2017.json"):
+        CocoCaptions(path, tmp_path, protocol="coco_5k")
+    with pytest.raises(DataError, match=r"the protocol karpathy_test is .*: read dataset_coco.json"):
+        CocoCaptions(write(tmp_path, COCO), tmp_path, protocol="karpathy_test")

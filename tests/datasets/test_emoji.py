@@ -65,6 +65,30 @@ def test_generated_rows_are_the_images_of_their_captions() -> None:
         EmojiDataset("generated", locale="de")
 
 
+@pytest.mark.parametrize("locale", ["en", "de"])
+def test_classes_are_numbered_alike_for_every_hand(locale: str) -> None:
+    concepts = read("concepts")
+    for classes, count in (("group", 9), ("subgroup", 95), ("concept", 373)):
+        names = set()
+        for hand in ("noto", "twemoji", "emojione"):
+            data = EmojiDataset(hand, "novel", locale, classes=classes)
+            column = f"{'label' if classes == 'concept' else classes}_{locale}"
+            for i in range(0, len(data), 7):
+                assert data.class_names[data.label[i]] == concepts[int(data.image_id[i])][column]
+            names.add(tuple(data.class_names))
+        assert len(names) == 1
+        assert len(set(data.class_names)) == len(data.class_names) == count
+    assert np.array_equal(EmojiDataset("noto", "novel", locale, classes="concept").label, np.arange(373))
+    english = EmojiDataset("noto", classes="subgroup").label
+    assert np.array_equal(EmojiDataset("noto", locale=locale, classes="subgroup").label, english)
+    data = EmojiDataset("noto", locale=locale)
+    assert data.templates is not None
+    label = data.captions(5)[0]
+    assert [template.replace("{}", label) for template in data.templates] == data.captions(5)[:2]
+    with pytest.raises(ValueError, match="Unknown classes 'groups'"):
+        EmojiDataset(classes="groups")  # type: ignore[arg-type]
+
+
 def test_concept_sets_divide_families() -> None:
     family = {i: row["family"] for i, row in enumerate(read("concepts"))}
     paired, novel = EmojiDataset("noto", "paired"), EmojiDataset("noto", "novel")

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import pyarrow as pa
-from torch import Tensor
-
-from gmail_lightning.datasets.base import (
-    CAPTION_BLOCK,
-    DataError,
-    ImageTextDataset,
-    ModalityName,
-    constant_modality,
-    decode_image,
-    one_line,
-)
-
-Row = tuple[str, int, int]  # caption, image id, caption id
+from gmail_lightning.datasets.base import DataError, ModalityName
+from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows, first_captions
+from gmail_lightning.datasets.protocols import CAPTION_PROTOCOLS
 
 
-class CocoCaptions(ImageTextDataset):
+class CocoCaptions(CaptionRows):
     """One row per caption: ``image_id`` is COCO's image id, ``pair_id`` the id of the caption.
 
     Reads COCO's annotation files (``captions_train2017.json``) and Karpathy's splits (``dataset_coco.json``,
@@ -36,9 +23,13 @@ class CocoCaptions(ImageTextDataset):
         modality: ``real``, or ``generated`` where the folder holds generated images under the same names.
         split: Split of Karpathy's file, or several joined by +: ``train+restval`` is the usual training set,
             and any other than these two is refused as training data.
+        captions_per_image: So many captions of each image, the first in the file; all by default.
+        protocol: ``coco_5k`` (val2017, 5,000 images and the first five captions of each) or ``karpathy_test`` (5,000
+            images, 25,010 captions): the counts are checked.
 
     Raises:
-        DataError: If the file or the split is missing or malformed, or a caption is empty.
+        DataError: If the file or the split is missing or malformed, a caption is empty or of no image, an image has no
+            caption, an id occurs twice, or the protocol is another.
     """
 
     def __init__(
@@ -47,86 +38,131 @@ class CocoCaptions(ImageTextDataset):
         image_root: str | Path,
         modality: ModalityName = "real",
         split: str | None = None,
+        captions_per_image: int | None = None,
+        protocol: Literal["coco_5k", "karpathy_test"] | None = None,
     ) -> None:
         self.annotations, self.image_root = Path(annotations), Path(image_root)
-        if not self.annotations.is_file():
-            raise DataError(f"{annotations}: no such annotation file. Check the path.")
-        try:
-            content = json.loads(self.annotations.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{annotations}: not valid JSON ({error}).") from error
+        content = read_json(self.annotations)
         if not isinstance(content, dict) or not isinstance(content.get("images"), list):
             raise DataError(f"{annotations}: no list 'images': neither COCO's nor Karpathy's format.")
+        is_coco = "annotations" in content
+        if protocol is not None:
+            split, captions_per_image = self._obey(protocol, is_coco, split, captions_per_image)
         try:
-            if "annotations" in content:
-                rows, files = self._coco_rows(content, split)
-            else:
-                rows, files = self._karpathy_rows(content, split)
+            rows = self._coco_rows(content, split) if is_coco else karpathy_rows(content, split, self.annotations)
         except KeyError as error:
             raise DataError(f"{annotations}: an entry has no {error}: neither COCO's nor Karpathy's format.") from error
-        if not rows:
-            raise DataError(f"{annotations}: no captions.")
-        captions = [one_line(caption) for caption, _, _ in rows]
-        if "" in captions:
-            _, image, caption = rows[captions.index("")]
-            raise DataError(f"{annotations}: caption {caption} of image {image} is empty. Write one or remove it.")
-        self._caption = pa.array(captions)  # one block of memory, which workers share
-        self.image_id = np.array([image for _, image, _ in rows], dtype=np.int64)
-        self.pair_id = np.array([caption for _, _, caption in rows], dtype=np.int64)
-        self._files = files
-        self.modality = constant_modality(modality, len(rows))
-        if split is not None:  # restval is what Karpathy's split leaves of the validation images for training
-            self.split = "train" if set(split.split("+")) <= {"train", "restval"} else split
+        if captions_per_image is not None:
+            rows = first_captions(rows, captions_per_image)
+        self.set_rows(rows, modality)
+        self.split = karpathy_stream(split)
+        if protocol is not None:
+            self.check_protocol(protocol)
+            self.split = CAPTION_PROTOCOLS[protocol].split
 
-    def _coco_rows(
-        self, content: dict[str, Any], split: str | None
-    ) -> tuple[list[tuple[str, int, int]], dict[int, str]]:
+    def _obey(
+        self, protocol: str, is_coco: bool, split: str | None, captions_per_image: int | None
+    ) -> tuple[str | None, int | None]:
+        """Returns the split and the number of captions that a protocol asks for."""
+        if protocol not in ("coco_5k", "karpathy_test"):
+            raise ValueError(f"Unknown protocol {protocol!r} of CocoCaptions. Known: coco_5k, karpathy_test.")
+        published = CAPTION_PROTOCOLS[protocol]
+        if is_coco != (protocol == "coco_5k"):
+            raise DataError(
+                f"{self.annotations}: the protocol {protocol} is {published.what}: read {published.file} for it."
+            )
+        of_file = None if is_coco else published.split  # a file of COCO holds one split and names none
+        for what, given, asked in (
+            ("split", split, of_file),
+            ("captions_per_image", captions_per_image, published.captions_per_image),
+        ):
+            if given not in (None, asked):
+                raise DataError(
+                    f"{self.annotations}: {what}={given!r}, but the protocol {protocol} is {published.what}. "
+                    f"Leave {what} out, or the protocol."
+                )
+        return of_file, published.captions_per_image
+
+    def _coco_rows(self, content: dict[str, Any], split: str | None) -> list[CaptionRow]:
         if split is not None:
             raise DataError(
                 f"{self.annotations}: split={split!r}, but COCO's annotation files hold one split each: leave it out."
             )
         files = {image["id"]: image["file_name"] for image in content["images"]}
-        rows = [(entry["caption"], entry["image_id"], entry["id"]) for entry in content["annotations"]]
-        lost = next((row for row in rows if row[1] not in files), None)
-        if lost:
-            raise DataError(f"{self.annotations}: caption {lost[2]} belongs to image {lost[1]}, which 'images' lacks.")
-        return rows, files
-
-    def _karpathy_rows(self, content: dict[str, Any], split: str | None) -> tuple[list[Row], dict[int, str]]:
-        known = sorted({image["split"] for image in content["images"]})
-        wanted = [] if split is None else split.split("+")
-        if not wanted or not set(wanted) <= set(known):
+        if len(files) < len(content["images"]):
             raise DataError(
-                f"{self.annotations}: "
-                + ("name a split" if split is None else f"unknown split {split!r}")
-                + f". Known: "
-                f"{', '.join(known)}; several are joined by +, as in train+restval."
+                f"{self.annotations}: {len(content['images'])} images have {len(files)} different ids. "
+                "Give every image an id of its own."
             )
-        rows, files = [], {}
-        for image in content["images"]:
-            if image["split"] in wanted:
-                number = image["cocoid"] if "cocoid" in image else image["imgid"]
-                files[number] = str(Path(image.get("filepath", ""), image["filename"]))
-                rows += [(sentence["raw"], number, sentence["sentid"]) for sentence in image["sentences"]]
-        return rows, files
-
-    def read_image(self, index: int) -> Tensor:  # noqa: D102
-        return decode_image((self.image_root / self._files[int(self.image_id[index])]).read_bytes())
-
-    def captions(self, index: int) -> list[str]:  # noqa: D102
-        return [self._caption[index].as_py()]
-
-    def caption_blocks(self) -> Iterator[tuple[pa.Array, np.ndarray]]:  # noqa: D102
-        for start in range(0, len(self), CAPTION_BLOCK):
-            texts = self._caption[start : start + CAPTION_BLOCK]
-            yield texts, np.arange(start, start + len(texts))
+        entries = content["annotations"]
+        lost = next((entry for entry in entries if entry["image_id"] not in files), None)
+        if lost:
+            raise DataError(
+                f"{self.annotations}: caption {lost['id']} belongs to image {lost['image_id']}, which 'images' lacks."
+            )
+        silent = sorted(files.keys() - {entry["image_id"] for entry in entries}) if entries else []
+        if silent:
+            raise DataError(
+                f"{self.annotations}: {len(silent)} of {len(files)} images have no caption, the first is {silent[0]} "
+                f"({files[silent[0]]}). Remove them from 'images', or add captions."
+            )
+        return [
+            CaptionRow(entry["caption"], files[entry["image_id"]], entry["image_id"], entry["id"]) for entry in entries
+        ]
 
     def sample_key(self, index: int) -> str:
         """Returns image id and caption id."""
         return f"{self.image_id[index]}/{self.pair_id[index]}"
 
-    def picture(self) -> np.ndarray:  # noqa: D102
-        return self.image_id
-
     def describe(self, index: int) -> str:  # noqa: D102
         return f"{self.annotations} image {self.image_id[index]}, caption {self.pair_id[index]}"
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a file of annotations holds.
+
+    Raises:
+        DataError: If there is no such file, or it is not JSON.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such annotation file. Check the path.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}).") from error
+
+
+def karpathy_rows(content: dict[str, Any], split: str | None, annotations: Path) -> list[CaptionRow]:
+    """The rows of one split of a file in Karpathy's format, or of several joined by +.
+
+    Raises:
+        DataError: If the split is not there, an image of it has no caption, or two have one id.
+        KeyError: If an entry lacks a field.
+    """
+    known = sorted({image["split"] for image in content["images"]})
+    wanted = [] if split is None else split.split("+")
+    if not wanted or not set(wanted) <= set(known):
+        fault = "name a split" if split is None else f"unknown split {split!r}"
+        raise DataError(
+            f"{annotations}: {fault}. Known: {', '.join(known)}; several are joined by +, as in train+restval."
+        )
+    rows: list[CaptionRow] = []
+    seen: set[int] = set()
+    for image in content["images"]:
+        if image["split"] not in wanted:
+            continue
+        number = image["cocoid"] if "cocoid" in image else image["imgid"]
+        file = str(Path(image.get("filepath", ""), image["filename"]))
+        if number in seen or not image["sentences"]:
+            fault = "has no caption" if not image["sentences"] else "stands there twice"
+            raise DataError(f"{annotations}: image {number} ({file}) {fault}. Remove it, or mend the file.")
+        seen.add(number)
+        rows += [CaptionRow(sentence["raw"], file, number, sentence["sentid"]) for sentence in image["sentences"]]
+    return rows
+
+
+def karpathy_stream(split: str | None) -> str | None:
+    """What the rows of a split are for: restval is what Karpathy's split leaves of validation images for training."""
+    if split is None:
+        return None
+    return "train" if set(split.split("+")) <= {"train", "restval"} else split

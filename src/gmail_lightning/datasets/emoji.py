@@ -33,6 +33,8 @@ TEMPLATES = {
         "ein Bild über {three} aus {subgroup}",
     ),
 }
+#: Of the grammar, those that name no more than a class.
+CLASS_TEMPLATES = {"en": ("{}", "a drawing of {}"), "de": ("{}", "eine Zeichnung: {}")}
 AND = {"en": " and ", "de": " und "}
 
 
@@ -69,13 +71,15 @@ class EmojiDataset(ImageTextDataset):
     Noto stands for real images, every other hand for a generator. Rows of one concept by several hands are pairs:
     ``pair_id`` and ``image_id`` are the number of the concept. Concepts that are near copies of one another form one
     family; families are divided by a stable hash into ``paired`` (75 %) and ``novel``, which no aligner should see.
-    Labels and keywords come from Unicode CLDR, classes are its groups. Licences: ``NOTICE.md`` beside the files.
+    Labels and keywords come from Unicode CLDR, and so do the classes. Licences: ``NOTICE.md`` beside the files.
 
     Args:
         hand: ``noto``, ``fluent_flat``, ``fluent``, ``twemoji``, ``emojione`` or ``generated``.
         concept_set: ``paired``, ``novel``, or None for all concepts.
         locale: Language of the captions, ``en`` or ``de``.
         modality: Overrides the modality of the hand.
+        classes: What ``label`` numbers, alike for every hand: the 9 groups or the 95 subgroups of Unicode, or the
+            concepts of ``concept_set``, named by their labels.
 
     Raises:
         ValueError: If a name is unknown; lists the known ones.
@@ -87,11 +91,13 @@ class EmojiDataset(ImageTextDataset):
         concept_set: Literal["paired", "novel"] | None = None,
         locale: str = "en",
         modality: ModalityName | None = None,
+        classes: Literal["group", "subgroup", "concept"] = "group",
     ) -> None:
         for argument, value, known in (
             ("hand", hand, HANDS),
             ("concept_set", concept_set, (*CONCEPT_SETS, None)),
             ("locale", locale, tuple(TEMPLATES)),
+            ("classes", classes, ("group", "subgroup", "concept")),
         ):
             if value not in known:
                 raise ValueError(f"Unknown {argument} {value!r} of EmojiDataset. Known: {', '.join(map(str, known))}.")
@@ -107,9 +113,16 @@ class EmojiDataset(ImageTextDataset):
         self.pair_id = self.image_id
         self.modality = constant_modality(modality or ("real" if hand == "noto" else "generated"), len(rows))
         self._source = "real" if self.modality[0] == 0 else hand
-        names = dict(sorted(zip(concepts["group"], concepts[f"group_{locale}"], strict=True)))
-        self.class_names = list(names.values())
-        self.label = np.searchsorted(list(names), np.array(concepts["group"])[self.image_id])
+        self.templates = list(CLASS_TEMPLATES[locale])
+        if classes == "concept":
+            members = [i for i, name in enumerate(concepts["concept_set"]) if concept_set in (None, name)]
+            self.class_names = [concepts[f"label_{locale}"][i] for i in members]
+            self.label = np.searchsorted(members, self.image_id)
+        else:
+            numbers = concepts["group" if classes == "group" else "subgroup_en"]  # the same in every language
+            names = dict(sorted(zip(numbers, concepts[f"{classes}_{locale}"], strict=True)))
+            self.class_names = list(names.values())
+            self.label = np.searchsorted(list(names), np.array(numbers)[self.image_id])
 
     @property
     def grammar(self) -> str:

@@ -2,5 +2,14 @@
 
 from gmail_lightning.transforms.image import resize
 from gmail_lightning.transforms.image_hash import exact_hash, near_matches, perceptual_hash
+from gmail_lightning.transforms.text import fill, prompt_class_names, prompt_templates
 
-__all__ = ["exact_hash", "near_matches", "perceptual_hash", "resize"]
+__all__ = [
+    "exact_hash",
+    "fill",
+    "near_matches",
+    "perceptual_hash",
+    "prompt_class_names",
+    "prompt_templates",
+    "resize",
+]

@@ -1,0 +1,152 @@
+"""Long captions: ShareGPT4V and Urban1k."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from gmail_lightning.datasets.base import DataError, ModalityName, stable_ids
+from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows
+
+VALIDATION_ENTRIES = 1_000
+BLOCK = 1 << 20  # characters of the file read at a time
+LONGEST_ENTRY = 16 * BLOCK
+
+
+class ShareGPT4V(CaptionRows):
+    """Images of COCO, LCS and SAM with captions of some 150 words (arXiv 2311.12793), one row per image.
+
+    The first 1,000 entries of the file are the validation set, the rest is for training, as in Long-CLIP
+    (arXiv 2403.15378). These 1,000 are images of COCO's training set, and bear its image ids: training on COCO as well
+    is reported as an overlap.
+
+    Args:
+        annotations: ``share-captioner_coco_lcs_sam_1246k_1107.json``.
+        image_root: Folder that the paths of the entries start from (``coco/train2017/000000000009.jpg``).
+        modality: ``real``, or ``generated`` where the folder holds generated images under the same names.
+        split: ``val`` or ``train``.
+        check_counts: Whether the validation set must be 1,000 images with one caption each.
+
+    Raises:
+        DataError: If the file is missing or malformed, holds no entry of the split, or the counts differ.
+    """
+
+    def __init__(
+        self,
+        annotations: str | Path,
+        image_root: str | Path,
+        modality: ModalityName = "real",
+        split: Literal["val", "train"] = "val",
+        check_counts: bool = True,
+    ) -> None:
+        if split not in ("val", "train"):
+            raise ValueError(f"Unknown split {split!r} of ShareGPT4V. Known: val, train.")
+        self.annotations, self.image_root = Path(annotations), Path(image_root)
+        first, last = (0, VALIDATION_ENTRIES) if split == "val" else (VALIDATION_ENTRIES, None)
+        captions, files = [], []
+        try:
+            for entry in islice(json_entries(self.annotations), first, last):
+                captions.append(entry["conversations"][1]["value"])
+                files.append(entry["image"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise DataError(
+                f"{annotations} entry {first + len(files) + 1}: no 'image', or no answer in 'conversations' "
+                f"({error!r}): not the format of ShareGPT4V."
+            ) from error
+        if not files:
+            raise DataError(f"{annotations}: no entry after the first {first:,}: the split {split!r} is empty.")
+        caption_ids = stable_ids(f"sharegpt4v/{number}" for number in range(first, first + len(files))).tolist()
+        rows = [
+            CaptionRow(caption, file, _image_id(file), caption_id)
+            for caption, file, caption_id in zip(captions, files, caption_ids, strict=True)
+        ]
+        self.set_rows(rows, modality)
+        self.split = split
+        if split == "val":
+            self.check_protocol("sharegpt4v_1k", enforce=check_counts)
+        else:
+            self.summary = f"{annotations}: ShareGPT4V without its first {first:,} entries: {len(self):,} captions."
+
+
+class Urban1k(CaptionRows):
+    """1,000 street scenes with long captions (Long-CLIP, arXiv 2403.15378), an evaluation set.
+
+    Args:
+        root: Folder with ``image/NAME.jpg`` and ``caption/NAME.txt``.
+        check_counts: Whether there must be 1,000 of both.
+
+    Raises:
+        DataError: If a folder is missing, an image has no caption or a caption no image, or the counts differ.
+    """
+
+    def __init__(self, root: str | Path, check_counts: bool = True) -> None:
+        self.annotations, self.image_root = Path(root) / "caption", Path(root) / "image"
+        for folder in (self.annotations, self.image_root):
+            if not folder.is_dir():
+                raise DataError(f"{folder}: no such folder. Urban1k has image/NAME.jpg and caption/NAME.txt.")
+        captions = {path.stem: path for path in sorted(self.annotations.glob("*.txt"))}
+        images = {path.stem: path for path in sorted(self.image_root.glob("*.jpg"))}
+        for what, lonely, other in (
+            ("captions have no image", captions.keys() - images.keys(), self.image_root),
+            ("images have no caption", images.keys() - captions.keys(), self.annotations),
+        ):
+            if lonely:
+                raise DataError(
+                    f"{root}: {len(lonely)} {what} in {other}: {min(lonely)} and so on. Add or remove them."
+                )
+        ids = stable_ids(f"urban1k/{name}" for name in captions).tolist()
+        rows = [
+            CaptionRow(path.read_text(encoding="utf-8").partition("\n")[0], images[name].name, number, number)
+            for (name, path), number in zip(captions.items(), ids, strict=True)
+        ]
+        self.set_rows(rows, "real")
+        self.check_protocol("urban1k", enforce=check_counts)
+        self.split = "test"
+
+
+def json_entries(path: Path) -> Iterator[Any]:
+    """Yields the entries of a list in JSON one by one: of a file of gigabytes, only what is asked for is read.
+
+    Raises:
+        DataError: If there is no such file, or it is not a list in JSON.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such annotation file. Check the path.")
+    decoder, number = json.JSONDecoder(), 0
+    with path.open(encoding="utf-8") as file:
+        text = file.read(BLOCK).lstrip()
+        if not text.startswith("["):
+            raise DataError(f"{path}: not a list in JSON.")
+        at = 1
+        while True:
+            at = _skip(text, at)
+            try:
+                entry, at = decoder.raw_decode(text, at)
+            except json.JSONDecodeError as error:  # the entry may go on in the next block
+                if text[at : at + 1] == "]":
+                    return
+                block = file.read(BLOCK) if len(text) - at < LONGEST_ENTRY else ""
+                if not block:
+                    raise DataError(f"{path}: not valid JSON after entry {number} ({error.msg}).") from error
+                text, at = text[at:] + block, 0
+                continue
+            number += 1
+            yield entry
+
+
+def _skip(text: str, at: int) -> int:
+    """Where the next entry begins."""
+    while at < len(text) and text[at] in " \t\r\n,":
+        at += 1
+    return at
+
+
+def _image_id(file: str) -> int:
+    """COCO's own id for its images, so that COCO's other annotations mean the same image by it; else a hash."""
+    path = PurePosixPath(file)
+    if path.parts[:1] == ("coco",) and path.stem.isdecimal():
+        return int(path.stem)
+    return int(stable_ids([f"sharegpt4v/{file}"])[0])
