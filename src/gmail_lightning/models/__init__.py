@@ -3,6 +3,7 @@
 from gmail_lightning.models.base import DualEncoder, GeneratedImages, ImageEncoder, ImageGenerator, LoRATarget
 from gmail_lightning.models.diffusion import DiffusersGenerator
 from gmail_lightning.models.hf_clip import HFCLIPEncoder
+from gmail_lightning.models.long_text import stretch_context, stretch_positional_embedding
 from gmail_lightning.models.lora import add_lora, merge_lora
 from gmail_lightning.models.modality import ModalityEncoder
 from gmail_lightning.models.open_clip import OpenCLIPEncoder
@@ -19,4 +20,6 @@ __all__ = [
     "OpenCLIPEncoder",
     "add_lora",
     "merge_lora",
+    "stretch_context",
+    "stretch_positional_embedding",
 ]

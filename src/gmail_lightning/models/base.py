@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -114,6 +114,10 @@ class DualEncoder(ImageEncoder):
     def logit_bias(self) -> Tensor | None:
         """Scalar added to the scaled similarities (SigLIP), or None."""
         return None
+
+    def text_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the text tower and of the logits: all but those of the image tower."""
+        raise NotImplementedError(f"{type(self).__name__} has no text_parameters: implement it for text_side: full.")
 
 
 class GeneratedImages(NamedTuple):

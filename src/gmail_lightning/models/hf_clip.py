@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -55,7 +55,7 @@ class HFCLIPEncoder(DualEncoder):
         self.activation = _ACTIVATIONS.get(act, act)
         self._image_spec = ImageSpec(pixels["size"], pixels["resize_mode"], pixels["interpolation"])
         length = settings.text_config.max_position_embeddings
-        self._text_spec = TextSpec(partial(_encode, words, length), length)
+        self._text_spec = TextSpec(partial(_encode, words, context_length=length), length)
         if grad_checkpointing:  # transformers' own switch works in train mode only, and our tower is held in eval
             for layer in (*_layers(built, "image"), *_layers(built, "text")):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -106,6 +106,14 @@ class HFCLIPEncoder(DualEncoder):
                 f"{self.text_spec.context_length}: tokenise with the encoder's own text_spec."
             )
         return cast(Tensor, cast(Any, self.model).get_text_features(input_ids=text).pooler_output)
+
+    def text_parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters but those of the vision model and its projection."""
+        return (
+            p
+            for name, p in self.model.named_parameters()
+            if not name.startswith(("vision_model.", "visual_projection."))
+        )
 
     def image_tokens(self, image: Tensor, layer: int = -2) -> Tensor:
         """Maps pixels to patch tokens of one block, shape (B, T, W), before the final norm and without class token.
@@ -208,7 +216,7 @@ def _check_tokenizer(settings: Any, words: Any, name: str) -> None:
         )
 
 
-def _encode(tokenizer: Any, context_length: int, texts: list[str]) -> Tensor:
+def _encode(tokenizer: Any, texts: list[str], *, context_length: int) -> Tensor:
     ids = tokenizer(
         texts, padding="max_length", truncation=True, max_length=context_length, return_tensors="pt"
     ).input_ids

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,13 @@ from gmail_lightning.models.lora import add_lora, lora_disabled
 from gmail_lightning.types import ImageSpec, Modality, TextSpec
 
 RealPath = Literal["frozen", "projected", "adapted"]
+TextSide = Literal["frozen", "lora", "projection", "full"]
 
-_PROJECTIONS = ("generated_projection", "real_projection")
+#: Arguments of ``ModalityEncoder`` that say how images are routed, and those of the text side.
+IMAGE_SETTINGS = ("rank", "alpha", "targets", "real_path", "projection")
+TEXT_SETTINGS = ("text_side", "text_rank", "text_targets")
+
+_PROJECTIONS = ("generated_projection", "real_projection", "text_projection")
 _ADAPTER_KEY = re.compile(
     rf"(^|\.)(lora\.(image|text)\.\d+\.({'|'.join(ROLES)})\.[AB]|({'|'.join(_PROJECTIONS)})\.weight)$"
 )
@@ -38,16 +43,21 @@ class ModalityEncoder(DualEncoder):
 
     Args:
         encoder: The plain encoder. It is adapted in place: used by itself, it is the generated branch from now on.
-        rank: Rank of LoRA.
+        rank: Rank of LoRA; 0 adapts nothing, and generated images are taken as real ones.
         alpha: LoRA is scaled by ``alpha / rank``.
         targets: Roles of the adapted matrices, some of ``q k v out fc1 fc2``.
         real_path: Branch of real images: ``frozen`` is the plain tower (Algorithm 1), ``projected`` the plain tower and
             a trained projection, ``adapted`` the tower with LoRA and a trained projection (section 3.2).
         projection: A linear map D to D on the generated side, without bias, from the identity. The real paths
             ``projected`` and ``adapted`` always have one on either side.
+        text_side: What of the text tower is to be trained: nothing (``frozen``), LoRA with alpha = 2 rank (``lora``), a
+            linear map D to D after it, from the identity (``projection``), or all of it and the logit scale (``full``).
+        text_rank: Rank of LoRA in the text tower.
+        text_targets: Roles of its adapted matrices.
 
     Raises:
-        ValueError: As ``add_lora``, or if ``real_path`` is unknown.
+        ValueError: As ``add_lora``, or if ``real_path`` or ``text_side`` is unknown.
+        TypeError: If ``text_side`` is not ``frozen`` and the encoder has no text tower.
     """
 
     def __init__(
@@ -59,17 +69,36 @@ class ModalityEncoder(DualEncoder):
         targets: Collection[str] = ("q", "v"),
         real_path: RealPath = "frozen",
         projection: bool = False,
+        text_side: TextSide = "frozen",
+        text_rank: int = 4,
+        text_targets: Collection[str] = ("q", "v"),
     ) -> None:
-        if real_path not in ("frozen", "projected", "adapted"):
-            raise ValueError(f"real_path={real_path!r}: give frozen, projected or adapted.")
+        for argument, value, known in (
+            ("real_path", real_path, get_args(RealPath)),
+            ("text_side", text_side, get_args(TextSide)),
+        ):
+            if value not in known:
+                raise ValueError(f"{argument}={value!r}: give one of {', '.join(known)}.")
         super().__init__(encoder.mean, encoder.std)
-        add_lora(encoder, rank=rank, alpha=alpha, targets=targets)
+        if rank:
+            add_lora(encoder, rank=rank, alpha=alpha, targets=targets)
+        else:
+            encoder.requires_grad_(False)
         self.encoder = encoder.eval()
-        self.real_path = real_path
+        self.real_path, self.text_side = real_path, text_side
+        self.settings = {
+            "rank": rank, "alpha": alpha, "targets": list(targets), "real_path": real_path, "projection": projection
+        }  # fmt: skip
         self.pretrained, self.activation = encoder.pretrained, encoder.activation
         two_sided = real_path != "frozen"
         self.generated_projection = _identity(encoder.embed_dim) if projection or two_sided else None
         self.real_projection = _identity(encoder.embed_dim) if two_sided else None
+        self.text_projection = _identity(self._dual.embed_dim) if text_side == "projection" else None
+        if text_side == "lora":
+            add_lora(self._dual, rank=text_rank, alpha=2.0 * text_rank, targets=text_targets, tower="text")
+        elif text_side == "full":
+            for parameter in self._dual.text_parameters():
+                parameter.requires_grad_(True)
         self.register_state_dict_post_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
@@ -165,8 +194,31 @@ class ModalityEncoder(DualEncoder):
         return self._dual.text_spec
 
     def encode_text(self, text: Tensor) -> Tensor:
+        """As the plain encoder's, with what ``text_side`` adds."""
+        return _project(self._dual.encode_text(text), self.text_projection)
+
+    def text_parameters(self) -> Iterator[nn.Parameter]:
         """As the plain encoder's."""
-        return self._dual.encode_text(text)
+        return self._dual.text_parameters()
+
+    def image_adapters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and tensors of what routes images: LoRA of the image tower and the image projections."""
+        for name, parameter in self.named_parameters():
+            if name.startswith(("encoder.lora.image.", "generated_projection.", "real_projection.")):
+                yield name, parameter
+
+    def describe(self) -> str:
+        """Says in one line which way each modality goes and what is trained."""
+        generated = (
+            f"the tower with LoRA of rank {self.settings['rank']}" if self.settings["rank"] else "the plain tower"
+        )
+        if self.generated_projection is not None:
+            generated += " and a projection"
+        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return (
+            f"Real images: {self.real_path} path. Generated images: {generated}. Text side: {self.text_side}. "
+            f"{trained:,} parameters are trained."
+        )
 
     @property
     def logit_scale(self) -> Tensor:
@@ -197,32 +249,120 @@ class ModalityEncoder(DualEncoder):
             ValueError: If the checkpoint has no adapters, records no encoder while none is given, or was trained on
                 another base than the encoder's.
         """
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = checkpoint.get("hyper_parameters", {})
-        state = {
-            key.removeprefix("encoder."): value
-            for key, value in checkpoint.get("state_dict", {}).items()
-            if key.startswith("encoder.")
-        }
-        recorded = checkpoint.get("base_fingerprint")
-        if recorded is None or "rank" not in settings or not any(map(is_adapter_key, state)):
-            raise ValueError(f"{path}: no adapters of an encoder in it. Give a checkpoint of an alignment task.")
-        encoder = build_encoder(settings, path) if encoder is None else encoder
-        difference = fingerprint_difference(recorded, found := fingerprint(encoder, recorded["towers"]))
+        recorded = read_branches(path)
+        encoder = build_encoder(recorded.hyperparameters, path) if encoder is None else encoder
+        recorded.check(encoder)
+        model = cls(encoder, **recorded.image_settings, **recorded.text_settings)
+        known = model.state_dict(keep_vars=True)
+        needed = {key for key, value in known.items() if is_adapter_key(key) or value.requires_grad}
+        missing, unknown = needed - recorded.state.keys(), recorded.state.keys() - known.keys()
+        if missing or unknown:
+            raise ValueError(f"{path}: lacks {sorted(missing)[:4]} and has unknown {sorted(unknown)[:4]}.")
+        model.load_state_dict(recorded.state, strict=False)
+        return model.eval()
+
+
+class Branches(NamedTuple):
+    """What a checkpoint records of its ``ModalityEncoder``."""
+
+    path: Path
+    hyperparameters: dict[str, Any]
+    image_settings: dict[str, Any]  # of IMAGE_SETTINGS
+    text_settings: dict[str, Any]  # of TEXT_SETTINGS
+    state: dict[str, Tensor]
+    base: dict[str, Any]  # fingerprint of the plain encoder
+
+    def check(self, encoder: ImageEncoder) -> None:
+        """Refuses an encoder that the checkpoint was not trained on.
+
+        Raises:
+            ValueError: With both fingerprints and their difference.
+        """
+        found = fingerprint(encoder, self.base["towers"])
+        difference = fingerprint_difference(self.base, found)
         if difference is not None:
             raise ValueError(
-                f"{path}: trained on another base. The checkpoint has {fingerprint_digest(recorded)}, this "
+                f"{self.path}: trained on another base. The checkpoint has {fingerprint_digest(self.base)}, this "
                 f"{type(encoder).__name__} has {fingerprint_digest(found)}; they differ in {difference}. "
                 "Load the encoder that the task was trained with."
             )
-        names = ("rank", "alpha", "targets", "real_path", "projection")
-        model = cls(encoder, **{name: settings[name] for name in names if name in settings})
-        known = model.state_dict().keys()
-        missing, unknown = {key for key in known if is_adapter_key(key)} - state.keys(), state.keys() - known
-        if missing or unknown:
-            raise ValueError(f"{path}: lacks {sorted(missing)[:4]} and has unknown {sorted(unknown)[:4]}.")
-        model.load_state_dict(state, strict=False)
-        return model.eval()
+
+
+def read_branches(path: str | Path) -> Branches:
+    """Reads the adapters of a checkpoint: of an alignment, or of a task that went on from one.
+
+    Raises:
+        ValueError: If there is no such file, or it holds no branches of a ``ModalityEncoder``.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such checkpoint.")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    settings = content.get("hyper_parameters", {})
+    if isinstance(settings.get("aligned"), dict):  # where tasks after the alignment keep its settings
+        settings = {**settings, **settings["aligned"]}
+    if settings.get("text_side") is not None:  # trained without an alignment
+        settings = {"rank": 0, **settings}
+    base = content.get("base_fingerprint")
+    if base is None or "rank" not in settings:
+        raise ValueError(f"{path}: no branches of an encoder in it. Give a checkpoint of an alignment task.")
+    prefix = "encoder."
+    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    of_images, of_texts = (
+        {n: settings[n] for n in names if n in settings} for names in (IMAGE_SETTINGS, TEXT_SETTINGS)
+    )
+    return Branches(Path(path), settings, of_images, of_texts, state, base)
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """Returns the newest ``checkpoints/last*.ckpt`` below a folder, None where there is none."""
+    return max(Path(folder).rglob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def second_stage(
+    encoder: ImageEncoder,
+    aligned: str | dict[str, Any] | None,
+    text_side: TextSide = "frozen",
+    text_rank: int = 4,
+    text_targets: Collection[str] = ("q", "v"),
+    train_adapters: bool = False,
+) -> ModalityEncoder:
+    """Builds the encoder of a task that follows the alignment: its branches as aligned, frozen, and a text side.
+
+    Args:
+        encoder: The plain encoder that the alignment started from.
+        aligned: Checkpoint of an ``AlignmentTask``, or a folder: the newest ``checkpoints/last.ckpt`` below it. None:
+            no branch of their own for generated images, which are taken as real. (Settings in place of a file rebuild
+            a task whose checkpoint holds the adapters itself.)
+        text_side: As ``ModalityEncoder``.
+        text_rank: As ``ModalityEncoder``.
+        text_targets: As ``ModalityEncoder``.
+        train_adapters: Train the adapters of the image tower further.
+
+    Raises:
+        ValueError: If there is no such checkpoint, it was trained on another encoder, or nothing is to be trained.
+    """
+    text = {"text_side": text_side, "text_rank": text_rank, "text_targets": text_targets}
+    if train_adapters and aligned is None:
+        raise ValueError("train_adapters needs aligned: without it there are no adapters.")
+    if aligned is None or isinstance(aligned, dict):
+        model = ModalityEncoder(encoder, **(aligned or {"rank": 0}), **cast(Any, text))
+    else:
+        path = newest_checkpoint(aligned) if Path(aligned).is_dir() else Path(aligned)
+        if path is None:
+            raise ValueError(
+                f"aligned={aligned!r}: no checkpoints/last.ckpt below this folder. Run the alignment first."
+            )
+        recorded = read_branches(path)
+        recorded.check(encoder)
+        model = ModalityEncoder(encoder, **recorded.image_settings, **cast(Any, text))
+        names = {name.removeprefix("encoder."): name for name, _ in model.image_adapters()}
+        absent = sorted(names.keys() - recorded.state.keys())
+        if absent:
+            raise ValueError(f"{path}: lacks the adapters {absent[:4]}.")
+        model.load_state_dict({name: recorded.state[name] for name in names}, strict=False)
+    for _, parameter in model.image_adapters():
+        parameter.requires_grad_(train_adapters)
+    return model
 
 
 def build_encoder(settings: dict[str, Any], path: str | Path) -> ImageEncoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import DualEncoder, LoRATarget, Tower
+from gmail_lightning.models.long_text import LONG, read_long_clip, stretch_context
 from gmail_lightning.models.lora import block_targets
 from gmail_lightning.models.open_clip_loading import (
     CONFIG,
@@ -50,6 +51,8 @@ class OpenCLIPEncoder(DualEncoder):
         merges: Gzipped file of byte-pair merges, where the vocabulary is cut: ``text_cfg.vocab_size`` must be 512 plus
             its merges plus 2. ``emoji``: the file in this package. A folder brings its own.
         grad_checkpointing: Recompute activations in the backward, block by block.
+        context_length: Stretch the text tower to so many tokens, as Long-CLIP does: 248 for the usual 77. The published
+            Long-CLIP weights, as a file in ``pretrained``, have 248 of themselves.
 
     Raises:
         ValueError: If the arguments contradict one another, name something unknown, or would load weights silently
@@ -65,8 +68,12 @@ class OpenCLIPEncoder(DualEncoder):
         preprocess: dict[str, Any] | None = None,
         merges: str | None = None,
         grad_checkpointing: bool = False,
+        context_length: int | None = None,
     ) -> None:
         folder = find_folder(pretrained)
+        long_clip = read_long_clip(pretrained) if pretrained and folder is None and Path(pretrained).is_file() else None
+        if long_clip is not None and context_length not in (None, LONG):
+            raise ValueError(f"{pretrained} holds Long-CLIP's weights of context length {LONG}, not {context_length}.")
         if pretrained is not None and folder is None and model_name is None and config is None:
             raise ValueError(
                 f"pretrained={pretrained!r} is no folder here, and none of {', '.join(SHIPPED)}. A tag or a file of "
@@ -84,7 +91,7 @@ class OpenCLIPEncoder(DualEncoder):
         model_config = deepcopy(config) if config is not None else read_model_config(cast(str, reference))
         if folder is None and pretrained is not None:
             check_activation(model_name, pretrained, model_config)
-        model = build_model(reference, pretrained, folder, model_config)
+        model = build_model(reference, None if long_clip else pretrained, folder, model_config)
         preprocess_config = read_preprocess(model, model_name, pretrained, preprocess)
         super().__init__(preprocess_config["mean"], preprocess_config["std"])
         self.model = model
@@ -102,6 +109,10 @@ class OpenCLIPEncoder(DualEncoder):
             interpolation=preprocess_config["interpolation"],
         )
         self._text_spec = TextSpec(self.tokenizer, model_config["text_cfg"].get("context_length", 77))
+        if context_length is not None or long_clip is not None:
+            stretch_context(self, context_length or LONG)
+        if long_clip is not None:
+            self.model.load_state_dict(long_clip)
 
     @property
     def image_spec(self) -> ImageSpec:
@@ -146,6 +157,10 @@ class OpenCLIPEncoder(DualEncoder):
                 f"{self.text_spec.context_length}: tokenise with the encoder's own text_spec."
             )
         return cast(Tensor, cast(Any, self.model).encode_text(text))
+
+    def text_parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters but those of ``visual``."""
+        return (p for name, p in self.model.named_parameters() if not name.startswith("visual."))
 
     def image_tokens(self, image: Tensor, layer: int = -2) -> Tensor:
         """Maps pixels to patch tokens of one block, shape (B, T, W), before the final norm and without class token.

@@ -7,8 +7,10 @@ import gzip
 import json
 from copy import deepcopy
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from gmail_lightning.models.base import Tower
@@ -44,6 +46,21 @@ def read_model_config(reference: str) -> dict[str, Any]:
         close = difflib.get_close_matches(reference, open_clip.list_models(), n=4)
         raise ValueError(f"model_name={reference!r} is not known to open_clip. Close: {', '.join(close) or 'none'}.")
     return cast(dict[str, Any], config)
+
+
+def _refuse_other_context(path: str, context_length: int) -> None:
+    """Refuses weights of another context length, whose positions open_clip would interpolate without a word."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError):  # another format
+        return
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    for key in ("positional_embedding", "text.positional_embedding", "module.positional_embedding"):
+        if key in state and len(state[key]) != context_length:
+            raise ValueError(
+                f"{path} has {len(state[key])} text positions and the model {context_length}: give a config with "
+                f"text_cfg.context_length {len(state[key])}."
+            )
 
 
 def check_activation(model_name: str | None, pretrained: str, model_config: dict[str, Any]) -> None:
@@ -104,6 +121,7 @@ def build_model(
     architecture = open_clip.CoCa if "multimodal_cfg" in settings else open_clip.CustomTextCLIP
     model = (architecture if custom_text else open_clip.CLIP)(**settings)
     if pretrained is not None:
+        _refuse_other_context(pretrained, model_config["text_cfg"].get("context_length", 77))
         try:
             open_clip.load_checkpoint(model, pretrained)
         except Exception as error:
