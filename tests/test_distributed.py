@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,7 +101,7 @@ def test_one_process_needs_no_collective():
 
 
 def test_two_processes_align_and_validate_as_one(tmp_path: Path) -> None:
-    """The same global batches, weights, metrics; every image validated once; no collective in an evaluation step."""
+    """The same global batches, weights, metrics and features; every image once; no collective in an evaluation step."""
     outside = ("PYTEST", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(outside)}
     command = [sys.executable, str(TASK_SCRIPT), "2", str(tmp_path)]
@@ -113,6 +114,17 @@ def test_two_processes_align_and_validate_as_one(tmp_path: Path) -> None:
         torch.testing.assert_close(two["weights"][name], value, rtol=1e-4, atol=1e-6)
     assert two["results"] == {name: pytest.approx(value, abs=2e-3) for name, value in one["results"].items()}
     assert two["collectives"] == 0
+    metrics = one["metrics"]  # every row counted once, though the ranks have 6 and 5 images, and 1 and 0
+    assert (metrics["num_images"], metrics["num_texts"], metrics["alone_num_texts"]) == (11, 33, 3)
+    assert 0 < metrics["t2i_R@1"] < metrics["t2i_R@3"] < 1
+    assert 0 < metrics["accuracy"] < 1
+    torch.testing.assert_close(two["metrics"], metrics, equal_nan=True)
     seen = [torch.load(tmp_path / f"seen-2-{rank}.pt") for rank in (0, 1)]
     assert sorted([*seen[0], *seen[1]]) == sorted(torch.load(tmp_path / "seen-1-0.pt"))
     assert len(set(seen[0]) | set(seen[1])) == len(seen[0]) + len(seen[1]) == 2 * 373
+    stores = [tmp_path / f"features-{n}" for n in (1, 2)]
+    assert all({p.name for p in store.iterdir()} == {"features.npy", "rows.parquet", "store.json"} for store in stores)
+    features = [torch.from_numpy(np.load(store / "features.npy")) for store in stores]
+    assert features[0].shape == (2 * 373, 16)
+    torch.testing.assert_close(*features, rtol=1e-5, atol=1e-6)
+    assert (stores[0] / "rows.parquet").read_bytes() == (stores[1] / "rows.parquet").read_bytes()

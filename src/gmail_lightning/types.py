@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 from torch import Tensor
 
@@ -69,12 +69,18 @@ class ImageTextSample(TypedDict):
 
 
 class ImageTextBatch(TypedDict, total=False):
-    """B rows, collated. In the common case I = B and ``image_row`` counts up."""
+    """B rows, collated. A row has pixels or cached features; in the common case I = B and ``image_row`` counts up."""
 
-    image: Tensor  # (I, 3, H, W) float in [0, 1]
+    image: Tensor  # (I, 3, H, W) float in [0, 1]; absent where no row has pixels
     image_row: Tensor  # (I,) int64, the row of each image
+    image_features: Tensor  # (F, D), or (F, T, W) of patch tokens, in the cache's dtype; absent where no row has them
+    feature_row: Tensor  # (F,) int64, the row of each
     text: Tensor  # (T, L) int64; one per row in training, all captions of an image in evaluation
     text_row: Tensor  # (T,) int64, the row of each text
+    long_text: Tensor  # as text, where a task reads long captions
+    long_text_row: Tensor
+    short_text: Tensor  # their first sentences
+    short_text_row: Tensor
     caption: list[str]  # (B,) the caption in use
     references: list[list[str]]  # (B,) all captions, in evaluation
     modality: Tensor  # (B,) int64, Modality
@@ -88,6 +94,18 @@ class ImageTextBatch(TypedDict, total=False):
     replaced_reason: list[str]  # training only: one line per failure behind ``replaced``, mostly empty
     eval_set: str  # evaluation only: name of the set
     row_id: Tensor  # (B,) int64, evaluation only: index of the row in its set, unique over ranks
+
+
+class Classes(NamedTuple):
+    """What a classifier tells apart.
+
+    Attributes:
+        names: Name of each class, by its label.
+        templates: Prompts, each with one ``{}`` where the name goes.
+    """
+
+    names: list[str]
+    templates: list[str]
 
 
 class PromptBatch(TypedDict):

@@ -1,4 +1,4 @@
-"""Aligns for three steps and validates, on the number of processes given; rank 0 saves what came out.
+"""Aligns for three steps, validates, writes features, computes metrics, on some processes; rank 0 saves what came out.
 
 python task_ranks.py DEVICES FOLDER
 """
@@ -13,10 +13,12 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from gmail_lightning.callbacks import FeatureWriter
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset
+from gmail_lightning.metrics import ImageTextRecall, ZeroShotAccuracy
 from gmail_lightning.models import OpenCLIPEncoder
-from gmail_lightning.tasks import AlignmentTask
+from gmail_lightning.tasks import AlignmentTask, EmbeddingTask
 
 TINY = {
     "embed_dim": 16,
@@ -42,6 +44,37 @@ class Counting(AlignmentTask):
         self.collectives = getattr(self, "collectives", 0) + len(calls)
 
 
+def embed(devices: int, folder: Path, datasets: list[EmojiDataset]) -> None:
+    """Cut short by the number of batches, then ended by a run that finds the parts of all processes."""
+    pl.seed_everything(0)
+    task = EmbeddingTask(OpenCLIPEncoder(config=TINY, merges="emoji"))
+    for limit in (3, 1.0):
+        pl.Trainer(
+            accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", limit_predict_batches=limit,
+            logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+            callbacks=[FeatureWriter(str(folder / f"features-{devices}"), dtype="float32", seconds=0.0)],
+        ).predict(task, MixedModalityDataModule(predict=datasets, batch_size=50))  # fmt: skip
+
+
+def metric_values(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Recall and accuracy of these of 11 images, three texts each; ``alone`` has rows on the first rank only."""
+    generator = torch.Generator().manual_seed(2)
+    image, noise = torch.randn(11, 8, generator=generator), torch.randn(33, 8, generator=generator)
+    owner = torch.arange(11).repeat_interleave(3)
+    text = image[owner] + 1.5 * noise
+    recall, accuracy, alone = ImageTextRecall(ks=(1, 3)), ZeroShotAccuracy(8), ImageTextRecall(ks=(1,))
+    for batch in rows.split(2):
+        mine = torch.isin(owner, batch)
+        recall.update(image[batch], batch, text[mine], owner[mine])
+        accuracy.update(image[batch], batch % 7)
+        batch = batch[batch == 0]
+        mine = torch.isin(owner, batch)
+        alone.update(image[batch], batch, text[mine], owner[mine])
+    computed = {**recall.compute(), **accuracy.compute(), **{f"alone_{k}": v for k, v in alone.compute().items()}}
+    accuracy.reset()
+    return {**computed, "per_class": accuracy.per_class()}
+
+
 def main(devices: int, folder: Path) -> None:
     pl.seed_everything(0)
     task = Counting(OpenCLIPEncoder(config=TINY, merges="emoji"), targets=("q", "v", "fc1"), generated_text_weight=0.5)
@@ -56,10 +89,17 @@ def main(devices: int, folder: Path) -> None:
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
     trainer.fit(task, data)
+    embed(devices, folder, sets["novel"])
+    metrics = metric_values(torch.arange(11)[trainer.global_rank :: devices])
     torch.save(task.seen, folder / f"seen-{devices}-{trainer.global_rank}.pt")
     if trainer.is_global_zero:
         weights = {name: p.detach() for name, p in task.named_parameters() if p.requires_grad}
-        out = {"weights": weights, "results": task.results["novel"], "collectives": task.collectives}
+        out = {
+            "weights": weights,
+            "results": task.results["novel"],
+            "collectives": task.collectives,
+            "metrics": metrics,
+        }
         torch.save(out, folder / f"{devices}.pt")
 
 

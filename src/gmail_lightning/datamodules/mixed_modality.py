@@ -6,19 +6,21 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
+from gmail_lightning.datamodules.classes import agreed_classes
 from gmail_lightning.datamodules.collate import RowTable, as_is
 from gmail_lightning.datamodules.leakage import AllowedOverlap, check_on_one_process, refuse_unknown_sets
 from gmail_lightning.datamodules.rows import EvaluationRows, TrainRows
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
 from gmail_lightning.samplers.mixed_modality import MixedModalitySampler, UnpaddedDistributedSampler
-from gmail_lightning.types import ImageTextBatch, InputSpec
+from gmail_lightning.types import Classes, ImageTextBatch, InputSpec
 
 Datasets = ImageTextDataset | list[ImageTextDataset]
 
@@ -106,6 +108,8 @@ class MixedModalityDataModule(LightningDataModule):
         self.allow_overlap = dict(allow_overlap or {})
         refuse_unknown_sets(self.allow_overlap, self._evaluation_sets())
         self.input_spec = input_spec
+        #: Numbers of the rows that ``predict`` is left with, where a writer has the others; None for all.
+        self.only_predict: np.ndarray | None = None
         self._sampler: MixedModalitySampler | None = None
         self._progress = _fresh_progress()
 
@@ -113,6 +117,26 @@ class MixedModalityDataModule(LightningDataModule):
     def eval_sets(self) -> dict[str, list[str]]:
         """Names of the evaluation sets of ``val`` and of ``test``."""
         return {stage: list(sets) for stage, sets in self.evaluation.items()}
+
+    def classes(self, name: str | None = None) -> Classes:
+        """Returns the names of the classes of an evaluation set, or of the training sets, and the prompts for them.
+
+        Raises:
+            DataError: If the data sets have no classes, or not the same.
+        """
+        if name is None:
+            return agreed_classes(self.datasets["train"], "train")
+        sets = self._evaluation_sets()
+        if name not in sets:
+            raise DataError(f"No evaluation set is called {name!r}. Known: {', '.join(sets) or 'none'}.")
+        return agreed_classes(sets[name], name)
+
+    @property
+    def feature_stores(self) -> list[dict[str, Any]]:
+        """What the cached features of the data sets were made with, each store once, with its ``path``."""
+        sets = [*self.datasets.values(), *self._evaluation_sets().values()]
+        stores = [dataset.feature_store for datasets in sets for dataset in datasets]
+        return list({store["path"]: store for store in stores if store is not None}.values())
 
     def setup(self, stage: str) -> None:
         """Reads what the task asks for, and looks for what training shares with the evaluation sets.
@@ -206,13 +230,25 @@ class MixedModalityDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[ImageTextBatch]:
         """Returns the loader of ``predict``."""
+        rows = self.predict_rows()
+        _tell(self.datasets["predict"])
+        return self._loader(rows if self.only_predict is None else Subset(rows, self.only_predict.tolist()), None)
+
+    def predict_rows(self) -> EvaluationRows:
+        """Returns the images of ``predict``, each once; ``row_id`` of a batch is their number.
+
+        Raises:
+            DataError: If there are no data sets.
+        """
         if not self.datasets["predict"]:
             raise DataError("Nothing to predict: give the data module data sets under predict.")
-        return self._evaluation_loader(self.datasets["predict"], None)
+        return EvaluationRows(RowTable(self.datasets["predict"]), self._spec())
 
-    def _evaluation_loader(self, datasets: list[ImageTextDataset], name: str | None) -> DataLoader[ImageTextBatch]:
+    def _evaluation_loader(self, datasets: list[ImageTextDataset], name: str) -> DataLoader[ImageTextBatch]:
         _tell(datasets)
-        rows = EvaluationRows(RowTable(datasets), self._spec(), name)
+        return self._loader(EvaluationRows(RowTable(datasets), self._spec(), name), name)
+
+    def _loader(self, rows: EvaluationRows | Subset[ImageTextBatch], name: str | None) -> DataLoader[ImageTextBatch]:
         num_replicas, rank = self._replicas()
         if len(rows) < num_replicas:
             raise DataError(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.utils.data import Dataset
 
-from gmail_lightning.datamodules.collate import RowTable, collate
-from gmail_lightning.datasets.base import DataError, ImageDecodeError
+from gmail_lightning.datamodules.collate import Picture, RowTable, collate, read_picture
+from gmail_lightning.datasets.base import DataError, ImageDecodeError, ImageTextDataset
 from gmail_lightning.samplers.mixed_modality import Pairs, stable_hash
-from gmail_lightning.transforms.image import resize
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
 MAX_REPLACEMENTS = 8  # candidates that are tried for one image that does not decode
@@ -37,6 +37,8 @@ class TrainRows(Dataset[ImageTextBatch]):
         for dataset in table.datasets:
             if dataset.not_for_training is not None:
                 raise DataError(f"{type(dataset).__name__} cannot be trained on: {dataset.not_for_training}")
+            if dataset.feature_store is not None:
+                _refuse_augmentation(dataset, augmentation, generated_augmentation)
         self.table, self.spec, self.seed, self.pairs = table, spec, seed, pairs
         of_real = [augmentation] if augmentation is not None else []
         of_generated = [*of_real, generated_augmentation] if generated_augmentation is not None else of_real
@@ -55,15 +57,15 @@ class TrainRows(Dataset[ImageTextBatch]):
         shared = position if self.pairs is None else position - position % 2  # that of the first row of the pair
         draw = stable_hash(self.seed, epoch, shared).tolist()
         replaced = np.zeros(len(index), dtype=bool)
-        images: list[Tensor] = []
+        pictures: list[Picture] = []
         reasons: list[str] = []
         if self.spec.image is not None:
-            images, replaced, reasons = self._read(index, epoch, position)
-            self._augment(images, index, draw)
+            pictures, replaced, reasons = self._read(index, epoch, position)
+            self._augment(pictures, index, draw)
         rows = [self.table.locate(i) for i in index.tolist()]
         captions = [dataset.captions(row) for dataset, row in rows]
         texts = [options[number % len(options)] for options, number in zip(captions, draw, strict=True)]
-        batch = collate(self.table, rows, index, self.spec, images, texts, list(range(len(index))))
+        batch = collate(self.table, rows, index, self.spec, pictures, texts, list(range(len(index))))
         batch["caption"] = texts
         batch["replaced"] = torch.from_numpy(replaced)
         batch["replaced_reason"] = reasons
@@ -71,32 +73,31 @@ class TrainRows(Dataset[ImageTextBatch]):
             batch["weight"] = torch.from_numpy(self.table.weight[index])
         return batch
 
-    def _image(self, index: int) -> Tensor:
+    def _picture(self, index: int) -> Picture:
         assert self.spec.image is not None
-        dataset, row = self.table.locate(index)
-        return resize(dataset.image(row), self.spec.image)
+        return read_picture(*self.table.locate(index), self.spec.image)
 
     def _read(
         self, index: np.ndarray, epoch: np.ndarray, position: np.ndarray
-    ) -> tuple[list[Tensor], np.ndarray, list[str]]:
+    ) -> tuple[list[Picture], np.ndarray, list[str]]:
         """Reads and resizes; ``index`` is changed where another row stands in."""
-        images: list[Tensor] = [torch.empty(0)] * len(index)
+        pictures = [Picture(torch.empty(0), False)] * len(index)
         replaced, reasons = np.zeros(len(index), dtype=bool), []
         for i, row in enumerate(index.tolist()):
             if replaced[i]:  # as the partner of the row before
                 continue
             try:
-                images[i] = self._image(row)
+                pictures[i] = self._picture(row)
             except ImageDecodeError as error:
                 reasons.append(str(error))
                 unit = [i] if self.pairs is None else [i - i % 2, i - i % 2 + 1]
                 index[unit], stand_ins = self._replace(index[i], stable_hash(self.seed, epoch[i], position[unit[0]]))
                 replaced[unit] = True
-                for j, image in zip(unit, stand_ins, strict=True):
-                    images[j] = image
-        return images, replaced, reasons
+                for j, picture in zip(unit, stand_ins, strict=True):
+                    pictures[j] = picture
+        return pictures, replaced, reasons
 
-    def _replace(self, index: int, key: np.ndarray) -> tuple[np.ndarray, list[Tensor]]:
+    def _replace(self, index: int, key: np.ndarray) -> tuple[np.ndarray, list[Picture]]:
         """Finds another pair, or another row of the same modality, that decodes."""
         pool = np.flatnonzero(self.table.modality == self.table.modality[index])
         for attempt in range(1, MAX_REPLACEMENTS + 1):
@@ -107,7 +108,7 @@ class TrainRows(Dataset[ImageTextBatch]):
                 unit = (draw % np.uint64(len(self.pairs.real))).astype(np.int64)
                 rows = np.array([self.pairs.draw(unit, draw.view(np.int64)), self.pairs.real[unit]])
             try:
-                return rows, [self._image(row) for row in rows.tolist()]
+                return rows, [self._picture(row) for row in rows.tolist()]
             except ImageDecodeError as error:
                 last = error
         raise DataError(
@@ -115,19 +116,34 @@ class TrainRows(Dataset[ImageTextBatch]):
             f"the last of them: {last}"
         )
 
-    def _augment(self, images: list[Tensor], index: np.ndarray, draw: list[int]) -> None:
+    def _augment(self, pictures: list[Picture], index: np.ndarray, draw: list[int]) -> None:
         if not any(self.augmentation.values()):
             return
         with torch.random.fork_rng(devices=[]):
             for i, (modality, seed) in enumerate(zip(self.table.modality[index].tolist(), draw, strict=True)):
                 torch.default_generator.manual_seed(seed)
-                for augmentation in self.augmentation[modality]:
-                    shape, images[i] = images[i].shape, augmentation(images[i])
-                    if images[i].shape != shape:
+                for augmentation in self.augmentation[modality] if not pictures[i].is_cached else ():
+                    shape, image = pictures[i].values.shape, augmentation(pictures[i].values)
+                    if image.shape != shape:
                         raise ValueError(
                             f"{type(augmentation).__name__} turns an image of shape {tuple(shape)} into "
-                            f"{tuple(images[i].shape)}: an augmentation comes after the resize and keeps the shape."
+                            f"{tuple(image.shape)}: an augmentation comes after the resize and keeps the shape."
                         )
+                    pictures[i] = Picture(image, False)
+
+
+def _refuse_augmentation(
+    dataset: ImageTextDataset, augmentation: nn.Module | None, generated_augmentation: nn.Module | None
+) -> None:
+    """A pair shares its draw, and the features of a store were computed before any draw."""
+    of_generated = generated_augmentation if Modality.GENERATED in dataset.modality else None
+    for name, given in (("augmentation", augmentation), ("generated_augmentation", of_generated)):
+        if given is not None:
+            raise MisconfigurationException(
+                f"{name} cannot change the features of {dataset.describe(0)}: they were cached for the image as it is, "
+                f"and the partner of a pair would show another view. Leave {name} out, or give the data set without "
+                "its store."
+            )
 
 
 def adopt_real_ids(table: RowTable) -> None:
@@ -189,10 +205,10 @@ class EvaluationRows(Dataset[ImageTextBatch]):
             located = [self.table.locate(i) for i in members]
             references.append([caption for dataset, row in located for caption in dataset.captions(row)])
         image_spec = self.spec.image
-        images = [] if image_spec is None else [resize(dataset.image(row), image_spec) for dataset, row in rows]
+        pictures = [] if image_spec is None else [read_picture(*located, image_spec) for located in rows]
         texts = [text for captions in references for text in captions]
         text_row = [i for i, captions in enumerate(references) for _ in captions]
-        batch = collate(self.table, rows, index, self.spec, images, texts, text_row)
+        batch = collate(self.table, rows, index, self.spec, pictures, texts, text_row)
         batch["caption"] = [captions[0] for captions in references]
         batch["references"] = references
         batch["row_id"] = torch.tensor(items)

@@ -1,21 +1,30 @@
 """Data sets of images and captions. Each row says whether its image is real or generated."""
 
 from gmail_lightning.datasets.base import DataError, ImageDecodeError, ImageTextDataset
+from gmail_lightning.datasets.classification import ClassificationDataset
 from gmail_lightning.datasets.coco import CocoCaptions
 from gmail_lightning.datasets.emoji import EmojiDataset
+from gmail_lightning.datasets.features import FeatureStore
+from gmail_lightning.datasets.flickr30k import Flickr30k
 from gmail_lightning.datasets.image_folder import ImageFolder
 from gmail_lightning.datasets.manifest import ManifestDataset
+from gmail_lightning.datasets.sharegpt4v import ShareGPT4V, Urban1k
 from gmail_lightning.datasets.tar_filter import Filter
 from gmail_lightning.datasets.tar_shards import TarShards
 
 __all__ = [
+    "ClassificationDataset",
     "CocoCaptions",
     "DataError",
     "EmojiDataset",
+    "FeatureStore",
     "Filter",
+    "Flickr30k",
     "ImageDecodeError",
     "ImageFolder",
     "ImageTextDataset",
     "ManifestDataset",
+    "ShareGPT4V",
     "TarShards",
+    "Urban1k",
 ]

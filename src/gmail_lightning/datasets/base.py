@@ -7,7 +7,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -108,13 +108,15 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
         pair_id: Equal for a real row and its generated partners, -1 where there is none, shape (N,) int64.
         label: Class of each row, -1 where there is none, shape (N,) int64; None where the data have no classes.
         class_names: Name of each class, or None.
+        templates: Prompts that name a class, each with one ``{}`` where the name goes; None where no one chose any.
         split: Split that all rows belong to; None where the data set makes no claim.
         weight: Weight of each row in the training loss, shape (N,) float32; None where all count alike.
-        summary: A line on what was left out of the files, for the log; None where nothing is to be told.
+        summary: A line for the log: what was left out of the files, which protocol this is; None for nothing.
         not_for_training: Why no row may be trained on; None where nothing speaks against it.
         id_space: Empty where equal ``image_id`` mean one real image, whatever the data set. Where ids are made of names
             that start from a folder, a digest of that folder: ``0001.jpg`` below another one is another image.
         captions_are_classes: Captions are made of the names of classes, so that training may well have the same.
+        feature_store: What the features that stand in for pixels were made with; None where the rows have pixels.
     """
 
     modality: np.ndarray
@@ -122,12 +124,14 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
     pair_id: np.ndarray
     label: np.ndarray | None = None
     class_names: list[str] | None = None
+    templates: list[str] | None = None
     split: str | None = None
     weight: np.ndarray | None = None
     summary: str | None = None
     not_for_training: str | None = None
     id_space: str = ""
     captions_are_classes: bool = False
+    feature_store: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.modality)
@@ -143,6 +147,10 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
     @abstractmethod
     def sample_key(self, index: int) -> str:
         """Returns a name of the row that is unique within the data set."""
+
+    def feature(self, index: int) -> Tensor | None:
+        """Returns what a batch holds in place of the pixels of a row: cached features (D,) or (T, W), or None."""
+        return None
 
     def source(self, index: int) -> str:
         """Returns ``real``, or the name of the generator."""

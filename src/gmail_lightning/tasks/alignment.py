@@ -15,8 +15,9 @@ from torchmetrics import Metric
 from gmail_lightning.losses import alignment_loss, clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall, ModalityGap
 from gmail_lightning.models import DualEncoder, ImageEncoder, ModalityEncoder
-from gmail_lightning.tasks.base import BaseTask, in_chunks, paired_rows
-from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
+from gmail_lightning.tasks.base import BaseTask, paired_rows
+from gmail_lightning.tasks.retrieval import update_recall
+from gmail_lightning.types import ImageTextBatch, InputSpec
 
 
 class AlignmentTask(BaseTask):
@@ -114,9 +115,7 @@ class AlignmentTask(BaseTask):
 
     def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
         """Alignment of the batch's pairs, and the text terms that have a weight."""
-        features = in_chunks(
-            self.encoder.encode_image, batch["image"], batch["modality"], chunk_size=self.contrastive_chunk_size
-        )
+        features = self.encode_images(batch, self.contrastive_chunk_size)
         is_generated, is_real = paired_rows(batch)
         generated, real, ids = features[is_generated], features[is_real], batch["image_id"][is_real]
         if self.encoder.real_path == "frozen":
@@ -146,7 +145,7 @@ class AlignmentTask(BaseTask):
             return clip_loss(image_features, text_features, scale, ids=ids)
         return sigmoid_loss(image_features, text_features, scale, bias, ids=ids)
 
-    def build_metrics(self) -> dict[str, Metric]:
+    def build_metrics(self, eval_set: str) -> dict[str, Metric]:
         """The gap, and with a text tower the image-text recall of both branches."""
         recall = {name: ImageTextRecall(prefix=f"{name}_") for name in ("real", "generated")}
         return {"gap": ModalityGap(), **(recall if self.encoder.has_text else {})}
@@ -154,12 +153,7 @@ class AlignmentTask(BaseTask):
     def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
         """Real rows go through the real path, generated rows through the adapted branch."""
         features = self.encode_images(batch)
-        modality = batch["modality"]
-        metrics["gap"].update(features, modality, batch["image_id"])
+        metrics["gap"].update(features, batch["modality"], batch["image_id"])
         if not self.encoder.has_text:
             return
-        text_features, owner = self.encoder.encode_text(batch["text"]), batch["text_row"]
-        for name, value in (("real", Modality.REAL), ("generated", Modality.GENERATED)):
-            rows, texts, ids = modality == value, modality[owner] == value, batch["row_id"]
-            # Also without a row: every rank must hold tensors of one shape and type when they are gathered.
-            metrics[name].update(features[rows], ids[rows], text_features[texts], ids[owner[texts]])
+        update_recall(metrics, features, self.encoder.encode_text(batch["text"]), batch)

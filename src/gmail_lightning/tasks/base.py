@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
-from gmail_lightning.models.base import ROLES, DualEncoder, ImageEncoder, Tower
-from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
-from gmail_lightning.models.lora import plain_parameter
+from gmail_lightning.models.base import ImageEncoder
 from gmail_lightning.models.modality import ModalityEncoder, is_adapter_key
 from gmail_lightning.optim import WarmupCosine, parameter_groups
+from gmail_lightning.tasks.checkpoint import SmallCheckpoints
+from gmail_lightning.tasks.feature_record import refuse_other_features
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
-
-PLAIN = (str, int, float, bool, type(None))
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(v) for v in value)
-    if isinstance(value, dict):
-        return all(_is_plain(v) for v in value.values())
-    return isinstance(value, PLAIN)
 
 
 def in_chunks(encode: Callable[..., Tensor], *rows: Tensor, chunk_size: int | None) -> Tensor:
@@ -66,7 +55,7 @@ def paired_rows(batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
     return generated, ~generated
 
 
-class BaseTask(LightningModule, ABC):
+class BaseTask(SmallCheckpoints, ABC):
     """What every task shares; a subclass says what is computed, not how it is logged, stored or resumed.
 
     Subclasses implement ``input_spec`` and, to be fitted, ``compute_losses``; to be evaluated, ``build_metrics`` and
@@ -86,6 +75,8 @@ class BaseTask(LightningModule, ABC):
     batch_contrastive: ClassVar[bool] = False
     #: True where ``compute_losses`` weighs the rows by ``batch["weight"]``.
     uses_weights: ClassVar[bool] = False
+    #: Block whose patch tokens the task reads where features are cached; None for pooled features.
+    feature_layer: int | None = None
     encoder: ImageEncoder
 
     def __init__(
@@ -116,8 +107,8 @@ class BaseTask(LightningModule, ABC):
         """Every term by name, the total under ``loss``."""
         raise NotImplementedError(f"{type(self).__name__} cannot be fitted: it defines no compute_losses.")
 
-    def build_metrics(self) -> dict[str, Metric]:
-        """Fresh metrics for one evaluation set; the values of all are logged under ``<stage>/<set>/``."""
+    def build_metrics(self, eval_set: str) -> dict[str, Metric]:
+        """Fresh metrics for the evaluation set of this name; their values are logged under ``<stage>/<set>/``."""
         return {}
 
     def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
@@ -142,6 +133,8 @@ class BaseTask(LightningModule, ABC):
                 "batch_size and set contrastive_chunk_size to fit it into memory, or set allow_small_negatives=True to "
                 "accept the smaller batch."
             )
+        if isinstance(self.encoder, ModalityEncoder):
+            rank_zero_info(self.encoder.describe())
         adapted = any(is_adapter_key(key) for key in self.state_dict())
         if adapted and trainer.precision in (
             "bf16-true",
@@ -159,7 +152,29 @@ class BaseTask(LightningModule, ABC):
             verb = "test" if stage == "test" else "val"
             names = getattr(getattr(trainer, "datamodule", None), "eval_sets", {}).get(verb) or ["eval"]
             for name in names:
-                self.metrics[f"{verb}/{name}".replace(".", "_")] = nn.ModuleDict(self.build_metrics())
+                self.metrics[f"{verb}/{name}".replace(".", "_")] = nn.ModuleDict(self.build_metrics(name))
+
+    def on_fit_start(self) -> None:
+        """Compares cached features with the encoder, whose weights are restored by now."""
+        self._check_feature_stores(trains=True)
+
+    def on_validation_start(self) -> None:
+        """As ``on_fit_start``."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self._check_feature_stores(trains=False)
+
+    def on_test_start(self) -> None:
+        """As ``on_fit_start``."""
+        self._check_feature_stores(trains=False)
+
+    def on_predict_start(self) -> None:
+        """As ``on_fit_start``."""
+        self._check_feature_stores(trains=False)
+
+    def _check_feature_stores(self, trains: bool) -> None:
+        stores = getattr(getattr(self.trainer, "datamodule", None), "feature_stores", [])
+        if stores:
+            refuse_other_features(self.encoder, stores, self.feature_layer, trains)
 
     def _step(self, batch: ImageTextBatch, stage: str) -> Tensor:
         if "weight" in batch and not self.uses_weights:
@@ -201,11 +216,30 @@ class BaseTask(LightningModule, ABC):
         features = self.encode_images(batch)
         return {"image_features": features, "modality": batch["modality"], "sample_key": batch["sample_key"]}
 
-    def encode_images(self, batch: ImageTextBatch) -> Tensor:
-        """Image features of a batch, shape (B, D); every modality through its branch."""
+    def encode_images(self, batch: ImageTextBatch, chunk_size: int | None = None) -> Tensor:
+        """Image features of a batch, cached ones in their rows and pixels through the branch of their modality.
+
+        Args:
+            batch: Rows of pixels, of cached features, or of both.
+            chunk_size: See ``in_chunks``.
+
+        Returns:
+            Features of shape (B, D); in fp32 where some are cached.
+        """
+        cached, modality = batch.get("image_features"), batch["modality"]
+        if cached is None:
+            return in_chunks(self.encode_pixels, batch["image"], modality, chunk_size=chunk_size)
+        if "image" not in batch:
+            return cached.float()[batch["feature_row"].argsort()]
+        live = in_chunks(self.encode_pixels, batch["image"], modality[batch["image_row"]], chunk_size=chunk_size)
+        rows = torch.cat([batch["image_row"], batch["feature_row"]])
+        return torch.cat([live.float(), cached.float()])[rows.argsort()]
+
+    def encode_pixels(self, image: Tensor, modality: Tensor) -> Tensor:
+        """Features of shape (n, D) for pixels (n, 3, H, W), every modality (n,) through its branch."""
         if isinstance(self.encoder, ModalityEncoder):
-            return self.encoder.encode_image(batch["image"], batch["modality"])
-        return self.encoder.encode_image(batch["image"])
+            return self.encoder.encode_image(image, modality)
+        return self.encoder.encode_image(image)
 
     def on_validation_epoch_end(self) -> None:
         """Computes and logs the metrics of every set."""
@@ -258,87 +292,3 @@ class BaseTask(LightningModule, ABC):
         else:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    # Checkpoints
-
-    def record_hyperparameters(self) -> None:
-        """Call it first in a constructor, after ``super().__init__()``: saves the arguments of that constructor.
-
-        What the command line recorded is plain and rebuilds the task without arguments. Where it recorded nothing (a
-        task built in Python) live objects are kept out: pass them to ``load_from_checkpoint`` again.
-        """
-        frame = inspect.currentframe()
-        frame = frame.f_back if frame else None
-        live = (
-            []
-            if _given_hyperparameters.get()
-            else [k for k, v in (frame.f_locals if frame else {}).items() if not _is_plain(v)]
-        )
-        self.save_hyperparameters(ignore=live, frame=frame)
-
-    def _kept_keys(self) -> set[str]:
-        """Keys of the state that a checkpoint holds."""
-        state = self.state_dict(keep_vars=True)
-        trained = self._trained_buffers()
-        return {k for k, v in state.items() if v.requires_grad or is_adapter_key(k) or k in trained}
-
-    def _trained_buffers(self) -> set[str]:
-        """Names of the buffers that stand beside trainable parameters, such as running means."""
-        return {
-            f"{prefix}{'.' if prefix else ''}{name}"
-            for prefix, module in self.named_modules()
-            if any(p.requires_grad for p in module.parameters(recurse=False))
-            for name, _ in module.named_buffers(recurse=False)
-        }
-
-    def _frozen_towers(self) -> list[Tower]:
-        """Towers of the encoder whose stored matrices do not train: what the checkpoint leans on."""
-        towers: list[Tower] = ["image", "text"] if isinstance(self.encoder, DualEncoder) else ["image"]
-        targets = {tower: self.encoder.lora_targets(ROLES, tower) for tower in towers if self._has_tower(tower)}
-        return [
-            tower
-            for tower, found in targets.items()
-            if found and not any(plain_parameter(t.module, t.parameter).requires_grad for t in found)
-        ]
-
-    def _has_tower(self, tower: Tower) -> bool:
-        return tower == "image" or not isinstance(self.encoder, ModalityEncoder) or self.encoder.has_text
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drops frozen tensors and adds the fingerprint of the encoder they belong to."""
-        kept = self._kept_keys()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        towers = self._frozen_towers()
-        if towers:
-            checkpoint["base_fingerprint"] = fingerprint(self.encoder, towers)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As ``nn.Module``'s; frozen tensors are not in a checkpoint and so not reported as missing."""
-        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        kept = self._kept_keys()
-        return keys._replace(missing_keys=[key for key in keys.missing_keys if key in kept])
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint fits: the same trained tensors, the same frozen base.
-
-        Raises:
-            MisconfigurationException: Naming the tensors that are missing or unknown, or both fingerprints and their
-                difference.
-        """
-        kept, given = self._kept_keys(), set(checkpoint["state_dict"])
-        if kept != given:
-            missing, unknown = sorted(kept - given)[:5], sorted(given - kept)[:5]
-            raise MisconfigurationException(
-                f"The checkpoint does not fit {type(self).__name__}: missing {missing or 'nothing'}, unknown "
-                f"{unknown or 'nothing'}. Were rank, targets or projection changed?"
-            )
-        recorded = checkpoint.get("base_fingerprint")
-        if recorded is None:
-            return
-        found = fingerprint(self.encoder, recorded["towers"])
-        difference = fingerprint_difference(recorded, found)
-        if difference is not None:
-            raise MisconfigurationException(
-                f"The checkpoint was trained on another frozen encoder: it has fingerprint "
-                f"{fingerprint_digest(recorded)}, this one {fingerprint_digest(found)}; they differ in {difference}."
-            )

@@ -1,0 +1,97 @@
+"""The files of a feature store: one memory-mapped array, its rows, and what it was made with.
+
+``features.npy`` (N, D) or (N, T, W), ``rows.parquet`` with the key, modality and image id of each row, and
+``store.json``, which is written last: a folder without it is no store. While the features are made they lie in
+``parts/``, each part whole or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gmail_lightning.datasets.shards import TEMPORARY, temporary, write_table
+
+FEATURES, ROWS, RECORD, PARTS = "features.npy", "rows.parquet", "store.json", "parts"
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What a finished store was made with, or the store that is being made in ``parts/``; None where there is none."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Writes ``store.json``, whole or not at all."""
+    path = temporary(folder / RECORD)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.replace(folder / RECORD)
+
+
+def write_part(folder: Path, row_id: np.ndarray, features: np.ndarray) -> None:
+    """Writes features (n, ...) of the rows (n,) beside the other parts, whole or not at all."""
+    name = f"{row_id[0]:010d}-{hashlib.blake2b(row_id.tobytes(), digest_size=6).hexdigest()}.npz"
+    path = temporary(folder / PARTS / name)
+    with path.open("wb") as file:
+        np.savez(file, row_id=row_id, features=features)
+        file.flush()
+        os.fsync(file.fileno())
+    path.replace(folder / PARTS / name)
+
+
+def finished_rows(folder: Path, count: int) -> np.ndarray:
+    """Which of ``count`` rows the parts hold, shape (count,) bool."""
+    finished = np.zeros(count, dtype=bool)
+    for path in (folder / PARTS).glob("*.npz"):
+        with np.load(path) as part:  # reads the row numbers alone
+            finished[part["row_id"]] = True
+    return finished
+
+
+def merge_parts(folder: Path, rows: pa.Table, record: dict[str, Any]) -> tuple[int, ...]:
+    """Makes one array of all parts, then the store valid, and returns the shape of the array.
+
+    Args:
+        folder: The store; its parts hold every row.
+        rows: Columns ``key``, ``modality`` and ``image_id`` of the N rows.
+        record: What the features were made with.
+    """
+    features: np.memmap[Any, Any] | None = None
+    path = temporary(folder / FEATURES)
+    for name in sorted((folder / PARTS).glob("*.npz")):
+        with np.load(name) as part:
+            values = part["features"]
+            if features is None:
+                shape = (len(rows), *values.shape[1:])
+                features = np.lib.format.open_memmap(path, "w+", values.dtype, shape)  # type: ignore[no-untyped-call]
+            features[part["row_id"]] = values
+    assert features is not None
+    features.flush()
+    path.replace(folder / FEATURES)
+    write_table(rows, folder / ROWS)
+    write_record(folder, {**record, "shape": list(features.shape)})
+    shutil.rmtree(folder / PARTS)
+    return tuple(features.shape)
+
+
+def clear(folder: Path) -> None:
+    """Removes what makes up a store, the record first; anything else in the folder stays."""
+    for name in (RECORD, FEATURES, ROWS):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes what a killed process was writing."""
+    for path in [*folder.glob(f"*{TEMPORARY}*"), *(folder / PARTS).glob(f"*{TEMPORARY}*")]:
+        path.unlink(missing_ok=True)

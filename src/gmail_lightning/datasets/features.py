@@ -1,0 +1,141 @@
+"""Cached features in place of pixels: a frozen tower sees each image once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from gmail_lightning.datasets.base import DataError, ImageTextDataset
+from gmail_lightning.datasets.feature_files import FEATURES, RECORD, ROWS, read_record
+
+
+class FeatureStore(ImageTextDataset):
+    """The rows of another data set, with features that ``EmbeddingTask`` and ``FeatureWriter`` wrote for its images.
+
+    Captions, ids and labels are those of ``dataset``; its pixels are not decoded. Each picture goes by the key of one
+    of its rows, so that five captions of one image share its features. The store may hold more than ``dataset`` asks
+    for. Whether the features are those of the encoder in use is checked when a run starts.
+
+    Args:
+        path: Folder of the store.
+        dataset: Rows to read, those the store was written for or some of them.
+
+    Raises:
+        DataError: If the store is missing, unfinished or damaged, has no features of some image, or was written for
+            other images of the same names.
+    """
+
+    feature_store: dict[str, Any]
+
+    def __init__(self, path: str | Path, dataset: ImageTextDataset) -> None:
+        self.path, self.dataset = Path(path), dataset
+        for name in inspect.get_annotations(ImageTextDataset):
+            setattr(self, name, getattr(dataset, name))
+        record = read_record(self.path)
+        if record is None:
+            raise DataError(
+                f"{path}: no finished feature store ({RECORD} is missing). Write it with EmbeddingTask and "
+                "FeatureWriter, or run the same command again where that was interrupted."
+            )
+        self.feature_store = {**record, "path": str(path)}
+        self._features: np.ndarray | None = None
+        rows = pq.read_table(self.path / ROWS, partitioning=None)
+        if not len(rows) == len(self._open()) == record["count"]:
+            raise DataError(
+                f"{path}: {len(rows)} keys and {len(self._open())} features, but {RECORD} says {record['count']}: "
+                "the files do not belong together. Write the store again."
+            )
+        self._row = self._join(rows)
+        self.summary = "; ".join(
+            [
+                *([dataset.summary] if dataset.summary else []),
+                f"{path}: features in place of {len(self)} images' pixels",
+            ]
+        )
+
+    def _join(self, rows: pa.Table) -> np.ndarray:
+        """Row of the store of each row, shape (N,)."""
+        dataset, spaces = self.dataset, self.feature_store["id_spaces"]
+        if dataset.id_space not in spaces:
+            raise DataError(
+                f"{self.path} was written for images below another folder than those of {dataset.describe(0)}: equal "
+                f"names do not mean equal images. Write a store for them; or, if the folder was only moved, put its "
+                f"id_space {dataset.id_space!r} into id_spaces of {self.path / RECORD}."
+            )
+        keys = pa.array([dataset.sample_key(i) for i in range(len(dataset))], pa.string())
+        own = pc.index_in(keys, value_set=rows["key"]).fill_null(-1).to_numpy().astype(np.int64)
+        found = np.flatnonzero(own >= 0)
+        for name in ("modality", "image_id"):
+            other = rows[name].to_numpy()[own[found]] != getattr(dataset, name)[found]
+            if other.any():
+                row = found[other.argmax()]
+                raise DataError(
+                    f"{dataset.describe(row)} has {name} {getattr(dataset, name)[row]}, but in {self.path} it is "
+                    f"{rows[name][own[row]].as_py()} ({other.sum()} such rows): the store was written for other data."
+                )
+        _, picture = np.unique(dataset.picture(), return_inverse=True)
+        of_picture = np.full(picture.max(initial=-1) + 1, -1)
+        np.maximum.at(of_picture, picture, own)
+        missing = of_picture[picture] < 0
+        if missing.any():
+            raise DataError(
+                f"{self.path} has no features of {(of_picture < 0).sum()} of {len(of_picture)} images, such as "
+                f"{dataset.describe(int(missing.argmax()))}; it holds {len(rows)}. Write a store for all of them, or "
+                "give the data set that it was written for."
+            )
+        joined: np.ndarray = of_picture[picture]
+        return joined
+
+    def _open(self) -> np.ndarray:
+        if self._features is None:
+            try:
+                self._features = np.asarray(np.load(self.path / FEATURES, mmap_mode="r"))
+            except (OSError, ValueError) as error:
+                raise DataError(f"{self.path / FEATURES}: {error}. Write the store again.") from error
+        return self._features
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the array out: a worker maps the file anew."""
+        return {**self.__dict__, "_features": None}
+
+    def feature(self, index: int) -> Tensor:
+        """Returns the features of a row in the dtype of the store, (D,) or (T, W)."""
+        return torch.from_numpy(np.array(self._open()[self._row[index]]))
+
+    # All else is as the data set says
+
+    def read_image(self, index: int) -> Tensor:  # noqa: D102
+        return self.dataset.read_image(index)
+
+    def captions(self, index: int) -> list[str]:  # noqa: D102
+        return self.dataset.captions(index)
+
+    def sample_key(self, index: int) -> str:  # noqa: D102
+        return self.dataset.sample_key(index)
+
+    def source(self, index: int) -> str:  # noqa: D102
+        return self.dataset.source(index)
+
+    def picture(self) -> np.ndarray:  # noqa: D102
+        return self.dataset.picture()
+
+    def caption_blocks(self) -> Iterator[tuple[pa.Array, np.ndarray]]:  # noqa: D102
+        return self.dataset.caption_blocks()
+
+    def perceptual_hashes(self) -> np.ndarray | None:  # noqa: D102
+        return self.dataset.perceptual_hashes()
+
+    def columns(self, index: int) -> dict[str, str]:  # noqa: D102
+        return self.dataset.columns(index)
+
+    def describe(self, index: int) -> str:  # noqa: D102
+        return self.dataset.describe(index)

@@ -1,0 +1,117 @@
+"""What a checkpoint of a task holds, and what it must fit."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+
+from gmail_lightning.models.base import ROLES, DualEncoder, ImageEncoder, Tower
+from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
+from gmail_lightning.models.lora import plain_parameter
+from gmail_lightning.models.modality import ModalityEncoder, is_adapter_key
+
+PLAIN = (str, int, float, bool, type(None))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(v) for v in value)
+    if isinstance(value, dict):
+        return all(_is_plain(v) for v in value.values())
+    return isinstance(value, PLAIN)
+
+
+class SmallCheckpoints(LightningModule):
+    """Keeps trainable tensors, adapters and projections, and the fingerprint of the frozen encoder they belong to."""
+
+    encoder: ImageEncoder
+
+    def record_hyperparameters(self) -> None:
+        """Call it first in a constructor, after ``super().__init__()``: saves the arguments of that constructor.
+
+        What the command line recorded is plain and rebuilds the task without arguments. Where it recorded nothing (a
+        task built in Python) live objects are kept out: pass them to ``load_from_checkpoint`` again.
+        """
+        frame = inspect.currentframe()
+        frame = frame.f_back if frame else None
+        live = (
+            []
+            if _given_hyperparameters.get()
+            else [k for k, v in (frame.f_locals if frame else {}).items() if not _is_plain(v)]
+        )
+        self.save_hyperparameters(ignore=live, frame=frame)
+
+    def _kept_keys(self) -> set[str]:
+        """Keys of the state that a checkpoint holds."""
+        state = self.state_dict(keep_vars=True)
+        trained = self._trained_buffers()
+        return {k for k, v in state.items() if v.requires_grad or is_adapter_key(k) or k in trained}
+
+    def _trained_buffers(self) -> set[str]:
+        """Names of the buffers that stand beside trainable parameters, such as running means."""
+        return {
+            f"{prefix}{'.' if prefix else ''}{name}"
+            for prefix, module in self.named_modules()
+            if any(p.requires_grad for p in module.parameters(recurse=False))
+            for name, _ in module.named_buffers(recurse=False)
+        }
+
+    def _frozen_towers(self) -> list[Tower]:
+        """Towers of the encoder whose stored matrices do not train: what the checkpoint leans on."""
+        towers: list[Tower] = ["image", "text"] if isinstance(self.encoder, DualEncoder) else ["image"]
+        targets = {tower: self.encoder.lora_targets(ROLES, tower) for tower in towers if self._has_tower(tower)}
+        return [
+            tower
+            for tower, found in targets.items()
+            if found and not any(plain_parameter(t.module, t.parameter).requires_grad for t in found)
+        ]
+
+    def _has_tower(self, tower: Tower) -> bool:
+        return tower == "image" or not isinstance(self.encoder, ModalityEncoder) or self.encoder.has_text
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drops frozen tensors and adds the fingerprint of the encoder they belong to."""
+        kept = self._kept_keys()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        settings = checkpoint.get("hyper_parameters", {})
+        if isinstance(settings.get("aligned"), str) and isinstance(self.encoder, ModalityEncoder):
+            settings["aligned"] = self.encoder.settings  # the adapters themselves are in the state
+        towers = self._frozen_towers()
+        if towers:
+            checkpoint["base_fingerprint"] = fingerprint(self.encoder, towers)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module``'s; frozen tensors are not in a checkpoint and so not reported as missing."""
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        kept = self._kept_keys()
+        return keys._replace(missing_keys=[key for key in keys.missing_keys if key in kept])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint fits: the same trained tensors, the same frozen base.
+
+        Raises:
+            MisconfigurationException: Naming the tensors that are missing or unknown, or both fingerprints and their
+                difference.
+        """
+        kept, given = self._kept_keys(), set(checkpoint["state_dict"])
+        if kept != given:
+            missing, unknown = sorted(kept - given)[:5], sorted(given - kept)[:5]
+            raise MisconfigurationException(
+                f"The checkpoint does not fit {type(self).__name__}: missing {missing or 'nothing'}, unknown "
+                f"{unknown or 'nothing'}. Were rank, targets or projection changed?"
+            )
+        recorded = checkpoint.get("base_fingerprint")
+        if recorded is None:
+            return
+        found = fingerprint(self.encoder, recorded["towers"])
+        difference = fingerprint_difference(recorded, found)
+        if difference is not None:
+            raise MisconfigurationException(
+                f"The checkpoint was trained on another frozen encoder: it has fingerprint "
+                f"{fingerprint_digest(recorded)}, this one {fingerprint_digest(found)}; they differ in {difference}."
+            )
