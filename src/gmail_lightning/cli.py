@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import gmail_lightning.models  # noqa: F401  short class names resolve once their module is imported
-from gmail_lightning.callbacks import DatasetWriter, PredictionWriter, SparseProgress
+from gmail_lightning.callbacks import DatasetWriter, PredictionWriter, ResultsWriter, SparseProgress
 from gmail_lightning.callbacks.generation_plan import Mode
 from gmail_lightning.datamodules import MixedModalityDataModule  # noqa: F401
 from gmail_lightning.datasets import DataError
@@ -142,6 +142,8 @@ class GmailCLI(LightningCLI):
         given = [*callbacks, *(configured if isinstance(configured, list) else [configured])]
         if self.subcommand == "predict" and not _has(given, DatasetWriter):
             callbacks.append(PredictionWriter())
+        if self.subcommand in ("validate", "test") and not _has(given, ResultsWriter):
+            callbacks.append(ResultsWriter())
         if config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else SparseProgress())
         if config.get("enable_checkpointing") is not False and not _has(given, ModelCheckpoint):

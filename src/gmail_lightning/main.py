@@ -50,6 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _fit_or_evaluate(args: Sequence[str] | None) -> int:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from gmail_lightning.callbacks import CollapseError
     from gmail_lightning.cli import GmailCLI
     from gmail_lightning.datasets import DataError
 
@@ -59,6 +60,8 @@ def _fit_or_evaluate(args: Sequence[str] | None) -> int:
         return _fail(3, "Data problem", error)
     except MisconfigurationException as error:
         return _fail(2, "Bad configuration", error)
+    except CollapseError as error:
+        return _fail(1, "Stopped", error)
 
 
 def _fail(status: int, kind: str, error: Exception) -> int:

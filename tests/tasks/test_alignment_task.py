@@ -146,7 +146,7 @@ class ImagesOnly(ImageEncoder):
 def test_an_encoder_without_text_aligns_and_asks_for_no_text(batch: ImageTextBatch) -> None:
     made = AlignmentTask(ImagesOnly())
     assert made.input_spec.texts == {}
-    assert set(made.build_metrics()) == {"gap"}
+    assert set(made.build_metrics("eval")) == {"gap"}
     made.compute_losses({k: v for k, v in batch.items() if k != "text"})["loss"].backward()
     with pytest.raises(ValueError, match="ImagesOnly has no text tower"):
         AlignmentTask(ImagesOnly(), generated_text_weight=1.0)

@@ -2,8 +2,22 @@
 
 from gmail_lightning.tasks.alignment import AlignmentTask
 from gmail_lightning.tasks.base import BaseTask
+from gmail_lightning.tasks.classification import ZeroShotClassificationTask
+from gmail_lightning.tasks.embedding import EmbeddingTask
 from gmail_lightning.tasks.image_generation import ImageGenerationTask
+from gmail_lightning.tasks.linear_probe import LinearProbeTask
+from gmail_lightning.tasks.long_retrieval import LongRetrievalTask
 from gmail_lightning.tasks.retrieval import RetrievalTask
 from gmail_lightning.tasks.text_to_image import TextToImageTask
 
-__all__ = ["AlignmentTask", "BaseTask", "ImageGenerationTask", "RetrievalTask", "TextToImageTask"]
+__all__ = [
+    "AlignmentTask",
+    "BaseTask",
+    "EmbeddingTask",
+    "ImageGenerationTask",
+    "LinearProbeTask",
+    "LongRetrievalTask",
+    "RetrievalTask",
+    "TextToImageTask",
+    "ZeroShotClassificationTask",
+]

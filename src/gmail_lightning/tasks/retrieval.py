@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -12,18 +12,31 @@ from torchmetrics import Metric
 from gmail_lightning.losses import clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall
 from gmail_lightning.models import DualEncoder
+from gmail_lightning.models.modality import second_stage
 from gmail_lightning.tasks.base import BaseTask, in_chunks, paired_rows
-from gmail_lightning.types import ImageTextBatch, InputSpec
+from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
 
 class RetrievalTask(BaseTask):
     """Image-text contrast of a dual encoder: CLIP's loss, or SigLIP's where the encoder has a logit bias.
 
-    Rows of the same image are never negatives of one another. Evaluation reports R@1/5/10 both ways, all captions of
-    an image counting as its positives.
+    With ``text_side`` it is the step of GMAIL (arXiv 2602.15368) that follows the alignment: the image tower stays as
+    it is, and a text side is trained on images of either modality, each seen through its branch. Real images are then
+    retrieved through the frozen branch. Without ``text_side`` the whole encoder is trained, or what of it requires a
+    gradient, and all images are taken alike.
+
+    Rows of the same image are never negatives of one another. Evaluation reports R@1/5/10 and median ranks both ways,
+    all captions of an image counting as its positives, of real images and (as ``generated_...``) of generated ones
+    apart, and the sizes of the sets.
 
     Args:
-        encoder: Dual encoder; what requires a gradient is trained.
+        encoder: The plain dual encoder.
+        aligned: Checkpoint of an ``AlignmentTask``, or a folder: the newest ``checkpoints/last.ckpt`` below it. None:
+            generated images are taken as real.
+        text_side: ``lora``, ``projection``, ``full``, or ``frozen`` to evaluate; see ``ModalityEncoder``.
+        text_rank: Rank of LoRA in the text tower.
+        text_targets: Roles of its adapted matrices, of ``q k v out fc1 fc2``.
+        train_adapters: Train the adapters of the generated branch further, too.
         max_logit_scale: Cap of the logit scale in the loss (CLIP, section 2.5).
         image_weight: Weight of the contrast between the two images of a pair, in both directions at the same scale
             (as SLIP, arXiv 2112.12750, contrasts two views); needs ``mode: paired``.
@@ -32,6 +45,9 @@ class RetrievalTask(BaseTask):
         scheduler: See ``BaseTask``.
         warmup_steps: See ``BaseTask``.
         allow_small_negatives: See ``BaseTask``.
+
+    Raises:
+        ValueError: If ``aligned`` or ``train_adapters`` comes without ``text_side``, or as ``second_stage``.
     """
 
     batch_contrastive = True
@@ -40,6 +56,11 @@ class RetrievalTask(BaseTask):
     def __init__(
         self,
         encoder: DualEncoder,
+        aligned: str | dict[str, Any] | None = None,
+        text_side: Literal["frozen", "lora", "projection", "full"] | None = None,
+        text_rank: int = 4,
+        text_targets: Sequence[str] = ("q", "v"),
+        train_adapters: bool = False,
         max_logit_scale: float = 100.0,
         image_weight: float = 0.0,
         contrastive_chunk_size: int | None = None,
@@ -50,6 +71,13 @@ class RetrievalTask(BaseTask):
     ) -> None:
         super().__init__(optimizer, scheduler, warmup_steps, allow_small_negatives)
         self.record_hyperparameters()
+        if text_side is not None:
+            encoder = second_stage(encoder, aligned, text_side, text_rank, text_targets, train_adapters)
+        elif aligned is not None or train_adapters:
+            raise ValueError(
+                "aligned and train_adapters keep the image tower: say what of the text side is trained, "
+                "text_side: lora, projection, full, or frozen to evaluate."
+            )
         self.encoder, self.max_logit_scale, self.image_weight = encoder, max_logit_scale, image_weight
         self.contrastive_chunk_size = contrastive_chunk_size
 
@@ -60,28 +88,58 @@ class RetrievalTask(BaseTask):
 
     def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
         """The contrastive terms and the logit scale."""
-        chunk = self.contrastive_chunk_size
-        image_features = in_chunks(self.encoder.encode_image, batch["image"], chunk_size=chunk)
-        text_features = in_chunks(self.encoder.encode_text, batch["text"], chunk_size=chunk)
-        scale, bias = self.encoder.logit_scale.clamp(max=self.max_logit_scale), self.encoder.logit_bias
-        ids = batch["image_id"]
-        if bias is None:
-            text_loss = clip_loss(image_features, text_features, scale, ids=ids)
-        else:
-            text_loss = sigmoid_loss(image_features, text_features, scale, bias, ids=ids)
-        losses = {"text": text_loss, "logit_scale": scale}
+        image_features = self.encode_images(batch, self.contrastive_chunk_size)
+        text_features = self.encode_texts(batch["text"])
+        losses = {"text": self.contrast(image_features, text_features, batch["image_id"]), "logit_scale": self.scale}
         if not self.image_weight:
-            return {"loss": text_loss, **losses}
+            return {"loss": losses["text"], **losses}
         generated, real = paired_rows(batch)
-        losses["image"] = clip_loss(image_features[generated], image_features[real], scale, ids=ids[real])
-        return {"loss": text_loss + self.image_weight * losses["image"], **losses}
+        ids = batch["image_id"][real]
+        losses["image"] = clip_loss(image_features[generated], image_features[real], self.scale, ids=ids)
+        return {"loss": losses["text"] + self.image_weight * losses["image"], **losses}
 
-    def build_metrics(self) -> dict[str, Metric]:
-        """Recall both ways."""
-        return {"recall": ImageTextRecall()}
+    @property
+    def scale(self) -> Tensor:
+        """The encoder's logit scale, capped."""
+        return self.encoder.logit_scale.clamp(max=self.max_logit_scale)
+
+    def encode_texts(self, text: Tensor) -> Tensor:
+        """Features of shape (T, D) for token ids (T, L)."""
+        return in_chunks(self.encoder.encode_text, text, chunk_size=self.contrastive_chunk_size)
+
+    def contrast(self, image_features: Tensor, text_features: Tensor, ids: Tensor) -> Tensor:
+        """``clip_loss``, or ``sigmoid_loss`` where the encoder has a logit bias, of N pairs."""
+        if self.encoder.logit_bias is None:
+            return clip_loss(image_features, text_features, self.scale, ids=ids)
+        return sigmoid_loss(image_features, text_features, self.scale, self.encoder.logit_bias, ids=ids)
+
+    def build_metrics(self, eval_set: str) -> dict[str, Metric]:
+        """Recall both ways, of each modality."""
+        return {"real": ImageTextRecall(), "generated": ImageTextRecall(prefix="generated_")}
 
     def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
         """Adds images and all their captions."""
-        ids, owner = batch["row_id"], batch["text_row"]
-        image_features = self.encode_images(batch)
-        metrics["recall"].update(image_features, ids, self.encoder.encode_text(batch["text"]), ids[owner])
+        update_recall(metrics, self.encode_images(batch), self.encoder.encode_text(batch["text"]), batch)
+
+
+def update_recall(
+    metrics: Mapping[str, Any],
+    image_features: Tensor,
+    text_features: Tensor,
+    batch: ImageTextBatch,
+    name: Literal["text", "long_text"] = "text",
+) -> None:
+    """Adds a batch to the ``ImageTextRecall`` of each modality, ``metrics["real"]`` and ``metrics["generated"]``.
+
+    Args:
+        metrics: One ``ImageTextRecall`` per modality.
+        image_features: Shape (B, D).
+        text_features: Shape (T, D), of ``batch[name]``.
+        batch: An evaluation batch.
+        name: Of the texts.
+    """
+    owner, ids, modality = batch[f"{name}_row"], batch["row_id"], batch["modality"]  # type: ignore[literal-required]
+    for which in Modality:
+        rows, texts = modality == which, modality[owner] == which
+        # Also without a row: every rank must hold tensors of one shape and type when they are gathered.
+        metrics[which.name.lower()].update(image_features[rows], ids[rows], text_features[texts], ids[owner[texts]])

@@ -217,7 +217,7 @@ class TextToImageTask(BaseTask):
         self._evaluation.close()
         super().on_test_epoch_end()
 
-    def build_metrics(self) -> dict[str, Metric]:
+    def build_metrics(self, eval_set: str) -> dict[str, Metric]:
         """The plain denoising loss."""
         return {"denoising": cast(Metric, MetricCollection({"loss": MeanMetric()}))}
 

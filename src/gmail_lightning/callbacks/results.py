@@ -1,0 +1,118 @@
+"""Values of an evaluation as a file, and an end to runs that destroy what they started from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from gmail_lightning.tasks import BaseTask
+
+Results = dict[str, dict[str, float]]  # value by evaluation set and name
+
+
+class CollapseError(RuntimeError):
+    """Training has destroyed the score that it started from."""
+
+
+class ResultsWriter(Callback):
+    """Writes the values of every evaluation set to ``results.json`` in the run folder.
+
+    ``results`` holds those of the last evaluation and ``step`` when it was; ``before`` those from before training,
+    where ``trainer.num_sanity_val_steps`` is -1; ``classes`` the accuracy of every class, from tasks that classify.
+    """
+
+    def __init__(self) -> None:
+        self.before: Results = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the values from before the first step, writes later ones."""
+        if trainer.sanity_checking:
+            if trainer.num_sanity_val_steps == float("inf"):
+                self.before = {name: dict(values) for name, values in cast(BaseTask, pl_module).results.items()}
+        else:
+            self._write(trainer, cast(BaseTask, pl_module))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the values."""
+        self._write(trainer, cast(BaseTask, pl_module))
+
+    def _write(self, trainer: Trainer, task: BaseTask) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: on every rank
+        if cast(Any, trainer).fast_dev_run or not trainer.is_global_zero:
+            return
+        content: dict[str, Any] = {"step": trainer.global_step, "results": task.results}
+        if self.before:
+            content["before"] = self.before
+        if classes := getattr(task, "class_accuracy", None):
+            content["classes"] = classes
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state before training, so that a resumed run compares with the true beginning."""
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+        self.before = state_dict["before"]
+
+
+class CollapseGuard(Callback):
+    """Stops a run whose score falls far below that of the untouched encoder; needs ``num_sanity_val_steps: -1``.
+
+    Fine-tuning can destroy a CLIP within a few hundred steps (mlfoundations/open_clip#1093), so let the first
+    validation come early.
+
+    Args:
+        metric: Name of a value that is better when higher, such as ``accuracy`` or ``i2t_R@1``: that of real images,
+            which take the frozen branch.
+        eval_set: Evaluation set; the first one by default.
+        max_drop: Share of the score before training that may be lost.
+
+    Raises:
+        CollapseError: At the end of a validation below that, on every rank alike.
+    """
+
+    def __init__(self, metric: str = "accuracy", eval_set: str | None = None, max_drop: float = 0.3) -> None:
+        if not 0 < max_drop < 1:
+            raise ValueError(f"max_drop={max_drop} is a share between 0 and 1.")
+        self.metric, self.eval_set, self.max_drop = metric, eval_set, max_drop
+        self.before: float | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses a run without validation before the first step."""
+        if stage == "fit" and not cast(Any, trainer).fast_dev_run and trainer.num_sanity_val_steps != float("inf"):
+            raise MisconfigurationException(
+                "CollapseGuard compares with the state before training: set trainer.num_sanity_val_steps=-1 "
+                f"(got {trainer.num_sanity_val_steps}), or drop the callback."
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compares with the state before training."""
+        results = cast(BaseTask, pl_module).results
+        name = self.eval_set or next(iter(results), None)
+        if name not in results or self.metric not in results[name]:
+            known = {key: sorted(values) for key, values in results.items()}
+            raise MisconfigurationException(f"CollapseGuard: no {self.metric!r} of set {name!r}. There are: {known}.")
+        score = results[name][self.metric]
+        if trainer.sanity_checking:
+            self.before = score
+        elif self.before is not None and score < (1 - self.max_drop) * self.before:
+            raise CollapseError(
+                f"{name}/{self.metric} fell from {self.before:.3f} before training to {score:.3f} at step "
+                f"{trainer.global_step}, below what CollapseGuard(max_drop={self.max_drop}) keeps. "
+                "Training destroys what the encoder knew: lower the learning rate, train less of it "
+                "(text_side: lora or projection), or stop earlier. The last checkpoint of the run is kept."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The score before training, so that a resumed run compares with the true beginning."""
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+        self.before = state_dict["before"]

@@ -1,0 +1,199 @@
+"""``ClassificationTask`` and ``ZeroShotClassificationTask``: classes by the prompts that name them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from gmail_lightning.metrics import ZeroShotAccuracy
+from gmail_lightning.models import DualEncoder, ModalityEncoder
+from gmail_lightning.models.modality import second_stage
+from gmail_lightning.tasks.base import BaseTask, in_chunks
+from gmail_lightning.transforms.text import fill, prompt_templates
+from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality
+
+EVALUATION_PROMPTS = 1024  # encoded at once
+
+
+class ClassificationTask(BaseTask):
+    """What tasks that tell classes apart share: the classes come from the data sets, and accuracy is their measure.
+
+    Subclasses implement ``scores``. Real and generated images are evaluated apart.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(optimizer, scheduler, warmup_steps)
+        self.eval_classes: dict[str, Classes] = {}  # by evaluation set
+        #: Accuracy of every class on real images, by evaluation set; NaN for a class without images.
+        self.class_accuracy: dict[str, dict[str, float]] = {}
+
+    @abstractmethod
+    def scores(self, batch: ImageTextBatch) -> Tensor:
+        """Scores of an evaluation batch for the classes of its set, shape (B, C)."""
+
+    def classes_of(self, eval_set: str | None) -> Classes:
+        """Classes of an evaluation set, or of the training data, as the data module names them.
+
+        Raises:
+            MisconfigurationException: If the data module names none.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "classes"):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs a data module with the method classes(name), such as "
+                "MixedModalityDataModule: it names the classes and the prompts of its data sets."
+            )
+        return cast(Classes, data.classes(eval_set))
+
+    def build_metrics(self, eval_set: str) -> dict[str, Metric]:
+        """Accuracy over the classes of the set, of each modality."""
+        self.eval_classes[eval_set] = self.classes_of(eval_set)
+        count = len(self.eval_classes[eval_set].names)
+        return {"real": ZeroShotAccuracy(count), "generated": ZeroShotAccuracy(count, prefix="generated_")}
+
+    def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
+        """Scores a batch among the classes of its set."""
+        scores = self.scores(batch)
+        for which in Modality:
+            rows = batch["modality"] == which
+            metrics[which.name.lower()].update(scores[rows], batch["label"][rows])
+
+    def on_validation_epoch_end(self) -> None:
+        """Computes and logs the metrics of every set."""
+        super().on_validation_epoch_end()
+        self._keep_class_accuracy("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Computes and logs the metrics of every set."""
+        super().on_test_epoch_end()
+        self._keep_class_accuracy("test")
+
+    def _keep_class_accuracy(self, stage: str) -> None:
+        for name, classes in self.eval_classes.items():
+            key = f"{stage}/{name}".replace(".", "_")
+            if key in self.metrics and "accuracy" in self.results[key.removeprefix(f"{stage}/")]:
+                accuracy = cast(Any, self.metrics[key])["real"].per_class().tolist()
+                self.class_accuracy[name] = dict(zip(classes.names, accuracy, strict=True))
+
+
+class ZeroShotClassificationTask(ClassificationTask):
+    """Zero-shot classification by an ensemble of prompts (CLIP, arXiv 2103.00020, section 3.1.4).
+
+    The embedding of a class is the mean of the normalised features of its prompts, normalised again. Class names and
+    templates are those of each data set, so that one run evaluates several. ``fit`` trains the text side on images of
+    the training classes, generated ones through the aligned branch: cross-entropy over all classes, whose prompts are
+    encoded anew in every step; the templates take turns, step by step. Real and generated images are evaluated apart.
+
+    Args:
+        encoder: The plain dual encoder.
+        aligned: Checkpoint of an ``AlignmentTask``, or a folder: the newest ``checkpoints/last.ckpt`` below it. None:
+            generated images are taken as real.
+        text_side: What of the text side is trained: ``lora``, ``projection`` or ``full``; see ``ModalityEncoder``.
+        text_rank: Rank of LoRA in the text tower.
+        text_targets: Roles of its adapted matrices, of ``q k v out fc1 fc2``.
+        train_adapters: Train the adapters of the generated branch further, too.
+        templates: Prompts in place of those of the data sets: the name of a published set, or templates.
+        max_logit_scale: Cap of the logit scale in the loss (CLIP, section 2.5).
+        chunk_size: Encode images and prompts in chunks of this many, with the exact gradients of one batch.
+        optimizer: See ``BaseTask``.
+        scheduler: See ``BaseTask``.
+        warmup_steps: See ``BaseTask``.
+
+    Raises:
+        ValueError: As ``second_stage``, or if a template is malformed.
+    """
+
+    encoder: ModalityEncoder
+
+    def __init__(
+        self,
+        encoder: DualEncoder,
+        aligned: str | dict[str, Any] | None = None,
+        text_side: Literal["frozen", "lora", "projection", "full"] = "lora",
+        text_rank: int = 4,
+        text_targets: Sequence[str] = ("q", "v"),
+        train_adapters: bool = False,
+        templates: str | list[str] | None = None,
+        max_logit_scale: float = 100.0,
+        chunk_size: int | None = None,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(optimizer, scheduler, warmup_steps)
+        self.record_hyperparameters()
+        self.encoder = second_stage(encoder, aligned, text_side, text_rank, text_targets, train_adapters)
+        self.templates = prompt_templates(templates) if isinstance(templates, str) else templates
+        if self.templates is not None:
+            for template in self.templates:
+                fill(template, "")
+        self.max_logit_scale, self.chunk_size = max_logit_scale, chunk_size
+        self._prompts = torch.empty(0)  # (templates, C, L) token ids of the training classes
+        self._weights: dict[str, Tensor] = {}  # class embeddings (C, D) of the evaluation that is running
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """Pixels alone; the labels come with every batch."""
+        return InputSpec(image=self.encoder.image_spec)
+
+    def setup(self, stage: str) -> None:
+        """Reads the classes of the training data."""
+        if stage == "fit":
+            classes = self.classes_of(None)
+            self._prompts = torch.stack([self._tokens(classes, template) for template in classes.templates])
+        super().setup(stage)
+
+    def classes_of(self, eval_set: str | None) -> Classes:
+        """As the data module names them, with the templates given here."""
+        classes = super().classes_of(eval_set)
+        return classes if self.templates is None else classes._replace(templates=self.templates)
+
+    def _tokens(self, classes: Classes, template: str) -> Tensor:
+        return self.encoder.text_spec.encode([fill(template, name) for name in classes.names])
+
+    def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
+        """Cross-entropy over all classes, by the prompts of one template, and the accuracy on the batch."""
+        images = F.normalize(self.encode_images(batch, self.chunk_size).float(), dim=-1)
+        template = self.trainer.global_step % len(self._prompts)
+        prompts = self._prompts[template].to(images.device)
+        classes = F.normalize(in_chunks(self.encoder.encode_text, prompts, chunk_size=self.chunk_size).float(), dim=-1)
+        logits = self.encoder.logit_scale.clamp(max=self.max_logit_scale) * images @ classes.T
+        loss = F.cross_entropy(logits, batch["label"])
+        return {"loss": loss, "accuracy": (logits.argmax(dim=-1) == batch["label"]).float().mean()}
+
+    def class_embeddings(self, classes: Classes) -> Tensor:
+        """Embeddings of shape (C, D), unit norm, in float32."""
+        total = torch.zeros(len(classes.names), self.encoder.embed_dim, device=self.device)
+        for template in classes.templates:
+            text = self._tokens(classes, template).to(self.device)
+            pieces = [self.encoder.encode_text(piece) for piece in text.split(EVALUATION_PROMPTS)]
+            total += F.normalize(torch.cat(pieces).float(), dim=-1)
+        return F.normalize(total, dim=-1)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the class embeddings of the last evaluation."""
+        self._weights = {}
+
+    def on_test_epoch_start(self) -> None:
+        """As ``on_validation_epoch_start``."""
+        self._weights = {}
+
+    def scores(self, batch: ImageTextBatch) -> Tensor:
+        """Cosines with the class embeddings of the batch's set."""
+        name = batch["eval_set"]
+        if name not in self._weights:
+            self._weights[name] = self.class_embeddings(self.eval_classes[name])
+        return F.normalize(self.encode_images(batch).float(), dim=-1) @ self._weights[name].T
