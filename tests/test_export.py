@@ -88,6 +88,36 @@ def test_plain_open_clip_gives_the_generated_branch(merges, tmp_path, kind: str,
     assert (again.mean, again.activation, again.image_spec) == (encoder.mean, encoder.activation, encoder.image_spec)
 
 
+@pytest.mark.parametrize("side", ["lora", "projection", "full"])
+@pytest.mark.parametrize("rank", [3, 0])
+def test_the_real_branch_with_its_text_side(merges, tmp_path, side: str, rank: int) -> None:
+    """What a retrieval task on an aligned branch, or without one, is used for: real images and the trained texts."""
+    images = {"rank": rank, "alpha": 6.0, "targets": ["q", "v"], "real_path": "frozen", "projection": False}
+    texts = {"text_side": side, "text_rank": 2, "text_targets": ["v", "fc2"]}
+    encoder = base("native", merges)
+    model = ModalityEncoder(encoder, **images, **texts)
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    recorded = {"aligned": images if rank else None, **texts}
+    path = write(tmp_path / "a.ckpt", model, encoder, **recorded)
+    kept = {k for k, v in model.state_dict(keep_vars=True).items() if v.requires_grad or is_adapter_key(k)}
+    content = torch.load(path)
+    content["state_dict"] = {f"encoder.{k}": model.state_dict()[k] for k in kept}
+    content["base_fingerprint"] = fingerprint(model, ("image",) if side == "full" else ("image", "text"))
+    torch.save(content, path)
+    image = torch.rand(4, 3, *encoder.image_spec.size)
+    text = encoder.text_spec.encode(["the ring", "an arm"])
+    for branch, modality in (("real", 0), ("generated", 1)):
+        export_checkpoint(path, tmp_path / branch, branch=branch, encoder=base("native", merges))
+        peer = open_clip.create_model(f"local-dir:{tmp_path / branch}", require_pretrained=True).eval()
+        with torch.no_grad():
+            ours = model.encode_image(image, torch.full((4,), modality))
+            torch.testing.assert_close(peer.encode_image(Normalize(encoder.mean, encoder.std)(image)), ours)
+            torch.testing.assert_close(peer.encode_text(text), model.encode_text(text), atol=1e-5, rtol=1e-5)
+
+
 def test_checkpoint_without_adapters_is_written_as_it_is(merges, tmp_path) -> None:
     torch.manual_seed(1)
     trained = OpenCLIPEncoder(config=CONFIGS["native"], merges=str(merges))
@@ -103,7 +133,7 @@ def test_what_cannot_be_exported_is_refused(merges, tmp_path) -> None:
     model = ModalityEncoder(encoder, projection=True)
     settings = {"rank": 4, "alpha": 8.0, "targets": ["q", "v"], "projection": True}
     path = write(tmp_path / "a.ckpt", model, encoder, **settings)
-    with pytest.raises(ValueError, match="projection cannot be folded"):
+    with pytest.raises(ValueError, match="projection of the images cannot be folded"):
         export_checkpoint(path, tmp_path / "out", encoder=base("timm_without_matrix", merges))
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="trained on another base"):

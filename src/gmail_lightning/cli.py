@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import gmail_lightning.models  # noqa: F401  short class names resolve once their module is imported
-from gmail_lightning.callbacks import DatasetWriter, PredictionWriter, ResultsWriter, SparseProgress
+from gmail_lightning.callbacks import DatasetWriter, FeatureWriter, PredictionWriter, ResultsWriter, SparseProgress
 from gmail_lightning.callbacks.generation_plan import Mode
 from gmail_lightning.datamodules import MixedModalityDataModule  # noqa: F401
 from gmail_lightning.datasets import DataError
@@ -140,7 +140,7 @@ class GmailCLI(LightningCLI):
     def _instantiate_trainer(self, config: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
         configured = config.get("callbacks") or []
         given = [*callbacks, *(configured if isinstance(configured, list) else [configured])]
-        if self.subcommand == "predict" and not _has(given, DatasetWriter):
+        if self.subcommand == "predict" and not (_has(given, DatasetWriter) or _has(given, FeatureWriter)):
             callbacks.append(PredictionWriter())
         if self.subcommand in ("validate", "test") and not _has(given, ResultsWriter):
             callbacks.append(ResultsWriter())

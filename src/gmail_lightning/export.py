@@ -1,4 +1,4 @@
-"""Takes the generated branch away: a folder that plain open_clip loads, without this library."""
+"""Takes one branch away: a folder that plain open_clip loads, without this library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gmail_lightning.models.base import ImageEncoder
 from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference
-from gmail_lightning.models.lora import merge_lora
+from gmail_lightning.models.lora import LoRA, merge_lora
 from gmail_lightning.models.modality import ModalityEncoder, build_encoder, is_adapter_key
 from gmail_lightning.models.open_clip import OpenCLIPEncoder, save_open_clip
 
@@ -20,19 +20,22 @@ def export_checkpoint(
     out: str | Path,
     *,
     to: Literal["open_clip"] = "open_clip",
+    branch: Literal["generated", "real"] = "generated",
     encoder: ImageEncoder | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
 ) -> None:
-    """Merges the generated branch of a checkpoint into one model and writes it as a folder.
+    """Merges one branch of a checkpoint, and its text side, into one model and writes it as a folder.
 
-    ``open_clip.create_model("local-dir:<out>")`` then gives the features of the generated branch; those of the real
-    branch are the plain encoder's, which needs no export. A checkpoint without adapters, such as that of a
-    pre-training, is written as it is.
+    ``open_clip.create_model("local-dir:<out>")`` then gives the features of that branch. After an alignment it is the
+    generated one; those of the real branch are the plain encoder's, which needs no export. After a task that trained a
+    text side it is rather the real one. A checkpoint without branches, such as that of a pre-training, is written as it
+    is.
 
     Args:
         checkpoint: Lightning checkpoint of a task.
         out: Folder to write; it must be new or empty.
         to: Form of the export.
+        branch: Branch of the image tower.
         encoder: The plain encoder that the task was trained on, where the checkpoint does not record it. It is changed.
         dtype: Precision of the written weights.
 
@@ -46,7 +49,9 @@ def export_checkpoint(
         raise ValueError(f"to={to!r}: only open_clip is known.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: give a new folder.")
-    plain, state = _merged(checkpoint, encoder)
+    if branch not in ("generated", "real"):
+        raise ValueError(f"branch={branch!r}: give generated or real.")
+    plain, state = _merged(checkpoint, encoder, branch)
     state = {
         key: value.to(getattr(torch, dtype)) if value.is_floating_point() else value for key, value in state.items()
     }
@@ -55,15 +60,22 @@ def export_checkpoint(
         plain.tokenizer.save_pretrained(folder)
 
 
-def _merged(path: str | Path, encoder: ImageEncoder | None) -> tuple[OpenCLIPEncoder, dict[str, Tensor]]:
+def _merged(path: str | Path, encoder: ImageEncoder | None, branch: str) -> tuple[OpenCLIPEncoder, dict[str, Tensor]]:
     """Returns the encoder of a checkpoint and the state dict of its open_clip model, adapters merged."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     if any(is_adapter_key(key) for key in content.get("state_dict", {})):
         branches = ModalityEncoder.from_checkpoint(path, encoder)
         plain = _open_clip(branches.encoder, path)
-        state = merge_lora(plain)
-        if branches.generated_projection is not None:
-            _fold(state, branches.generated_projection.weight.detach())
+        if branch == "real" and branches.real_path != "adapted":
+            for name, parameter in branches.image_adapters():
+                if name.endswith(".B"):
+                    parameter.data.zero_()
+        state = merge_lora(plain) if isinstance(getattr(plain, "lora", None), LoRA) else dict(plain.model.state_dict())
+        projection = branches.real_projection if branch == "real" else branches.generated_projection
+        if projection is not None:
+            _fold(state, projection.weight.detach())
+        if branches.text_side_projection is not None:
+            _fold_text(state, branches.text_side_projection.weight.detach())
         return plain, state
     plain = _open_clip(build_encoder(content.get("hyper_parameters", {}), path) if encoder is None else encoder, path)
     trained = {
@@ -99,6 +111,18 @@ def _fold(state: dict[str, Tensor], projection: Tensor) -> None:
         state["visual.head.proj.weight"] = projection @ state["visual.head.proj.weight"]
     else:
         raise ValueError(
-            "The generated projection cannot be folded: this tower does not end in a matrix without bias. "
+            "The projection of the images cannot be folded: this tower does not end in a matrix without bias. "
             "Export a run with projection: false and real_path: frozen."
         )
+
+
+def _fold_text(state: dict[str, Tensor], projection: Tensor) -> None:
+    """As ``_fold``, for the text tower of open_clip."""
+    for key in ("text_projection", "text.text_projection"):  # features = pooled @ text_projection
+        if key in state:
+            state[key] = state[key] @ projection.T
+            return
+    raise ValueError(
+        "The projection of the texts cannot be folded: this text tower does not end in a matrix without bias. Export a "
+        "run with text_side: lora or full."
+    )

@@ -73,6 +73,7 @@ def _export(args: list[str]) -> int:
     parser = argparse.ArgumentParser("gmail-lightning export", description="Merges a checkpoint into a plain model.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--to", choices=["open_clip"], default="open_clip")
+    parser.add_argument("--branch", choices=["generated", "real"], default="generated", help="of the image tower")
     parser.add_argument("--out", type=Path, help="new folder; default: the checkpoint's name beside it")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     given = parser.parse_args(args)
@@ -80,7 +81,7 @@ def _export(args: list[str]) -> int:
     from gmail_lightning.export import export_checkpoint
 
     try:
-        export_checkpoint(given.checkpoint, out, to=given.to, dtype=given.dtype)
+        export_checkpoint(given.checkpoint, out, to=given.to, branch=given.branch, dtype=given.dtype)
     except (ValueError, OSError, RuntimeError, ImportError, UnpicklingError) as error:
         return _fail(2, "Not exported", error)
     print(f"Wrote {out}")

@@ -36,8 +36,9 @@ def embed(
     callbacks=(), writer: dict | None = None,
 ) -> None:  # fmt: skip
     trainer = pl.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, limit_predict_batches=limit,
-        callbacks=[FeatureWriter(str(out), **(writer or {})), *callbacks], default_root_dir=out.parent,
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        limit_predict_batches=limit, callbacks=[FeatureWriter(str(out), **(writer or {})), *callbacks],
+        default_root_dir=out.parent,
     )  # fmt: skip
     data = MixedModalityDataModule(predict=datasets, batch_size=batch_size)
     trainer.predict(EmbeddingTask(encoder(seed), layer=layer), data)

@@ -5,16 +5,12 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from tiny_encoders import MERGES, hf_config, open_clip_config, timm_config
 
 from gmail_lightning.models import DualEncoder, HFCLIPEncoder, OpenCLIPEncoder
-
-MERGES = 64
-VOCABULARY = 512 + MERGES + 2
-TEXT = {"context_length": 16, "vocab_size": VOCABULARY, "width": 64, "heads": 4, "layers": 2}
 
 
 @pytest.fixture(scope="session")
@@ -42,25 +38,6 @@ def hf_tokenizer(merges: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-def open_clip_config(**extra: Any) -> dict[str, Any]:
-    vision = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 16}
-    return {"embed_dim": 32, "vision_cfg": vision, "text_cfg": dict(TEXT), **extra}
-
-
-def timm_config() -> dict[str, Any]:
-    vision = {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"}
-    return {"embed_dim": 32, "vision_cfg": vision, "text_cfg": dict(TEXT), "custom_text": True, "init_logit_bias": -10}
-
-
-def hf_config(family: str) -> dict[str, Any]:
-    width = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
-    text = {**width, **ids, "vocab_size": VOCABULARY, "max_position_embeddings": 16}
-    vision = {**width, "image_size": 32, "patch_size": 8}
-    extra = {"projection_dim": 32} if family == "clip" else {}
-    return {"model_type": family, "text_config": text, "vision_config": vision, **extra}
 
 
 @pytest.fixture(scope="session")

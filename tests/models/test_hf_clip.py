@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, hf_config
+from tiny_encoders import VOCABULARY, hf_config
 
 from gmail_lightning.models import HFCLIPEncoder
 from gmail_lightning.types import ImageSpec

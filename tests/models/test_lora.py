@@ -143,7 +143,7 @@ def test_copies_do_not_share_adapters_or_switch(tiny, pixels) -> None:
 
 
 def test_roles_that_do_not_exist_are_answered_with_those_that_do(tiny, merges) -> None:
-    from conftest import open_clip_config
+    from tiny_encoders import open_clip_config
 
     from gmail_lightning.models import OpenCLIPEncoder
 

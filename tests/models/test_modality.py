@@ -219,7 +219,7 @@ def checkpoint(model: ModalityEncoder, path: Path, encoder: dict[str, Any] | Non
 @pytest.fixture
 def recorded(merges, tmp_path):
     """An encoder saved as a folder, and how the command line records it."""
-    from conftest import open_clip_config
+    from tiny_encoders import open_clip_config
 
     from gmail_lightning.models.open_clip import save_open_clip
 
@@ -270,7 +270,7 @@ def test_from_checkpoint_says_what_is_wrong(recorded, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"'collections.OrderedDict' is no ImageEncoder"):
         ModalityEncoder.from_checkpoint(path)
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(ValueError, match="no adapters of an encoder in it"):
+    with pytest.raises(ValueError, match="no branches of an encoder in it"):
         ModalityEncoder.from_checkpoint(path)
     with pytest.raises(ValueError, match="give frozen, projected or adapted"):
         ModalityEncoder(OpenCLIPEncoder(**recorded["init_args"]), real_path="shared")

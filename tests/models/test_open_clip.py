@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
-from conftest import MERGES, VOCABULARY, open_clip_config
+from tiny_encoders import MERGES, VOCABULARY, open_clip_config
 from torchvision.transforms import Normalize
 
 from gmail_lightning.models import OpenCLIPEncoder

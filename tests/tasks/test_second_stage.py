@@ -46,7 +46,7 @@ def test_without_alignment_generated_images_are_taken_as_real(image) -> None:
     ("side", "train_adapters", "moved"),
     [
         ("lora", False, ("encoder.lora.text.",)),
-        ("projection", False, ("text_projection.",)),
+        ("projection", False, ("text_side_projection.",)),
         ("lora", True, ("encoder.lora.text.", "encoder.lora.image.", "generated_projection.")),
         ("full", False, ("encoder.model.",)),
     ],

@@ -23,7 +23,7 @@ TextSide = Literal["frozen", "lora", "projection", "full"]
 IMAGE_SETTINGS = ("rank", "alpha", "targets", "real_path", "projection")
 TEXT_SETTINGS = ("text_side", "text_rank", "text_targets")
 
-_PROJECTIONS = ("generated_projection", "real_projection", "text_projection")
+_PROJECTIONS = ("generated_projection", "real_projection", "text_side_projection")
 _ADAPTER_KEY = re.compile(
     rf"(^|\.)(lora\.(image|text)\.\d+\.({'|'.join(ROLES)})\.[AB]|({'|'.join(_PROJECTIONS)})\.weight)$"
 )
@@ -93,7 +93,7 @@ class ModalityEncoder(DualEncoder):
         two_sided = real_path != "frozen"
         self.generated_projection = _identity(encoder.embed_dim) if projection or two_sided else None
         self.real_projection = _identity(encoder.embed_dim) if two_sided else None
-        self.text_projection = _identity(self._dual.embed_dim) if text_side == "projection" else None
+        self.text_side_projection = _identity(self._dual.embed_dim) if text_side == "projection" else None
         if text_side == "lora":
             add_lora(self._dual, rank=text_rank, alpha=2.0 * text_rank, targets=text_targets, tower="text")
         elif text_side == "full":
@@ -195,7 +195,7 @@ class ModalityEncoder(DualEncoder):
 
     def encode_text(self, text: Tensor) -> Tensor:
         """As the plain encoder's, with what ``text_side`` adds."""
-        return _project(self._dual.encode_text(text), self.text_projection)
+        return _project(self._dual.encode_text(text), self.text_side_projection)
 
     def text_parameters(self) -> Iterator[nn.Parameter]:
         """As the plain encoder's."""

@@ -133,8 +133,9 @@ class BaseTask(SmallCheckpoints, ABC):
                 "batch_size and set contrastive_chunk_size to fit it into memory, or set allow_small_negatives=True to "
                 "accept the smaller batch."
             )
-        if isinstance(self.encoder, ModalityEncoder):
-            rank_zero_info(self.encoder.describe())
+        encoder = getattr(self, "encoder", None)
+        if isinstance(encoder, ModalityEncoder):
+            rank_zero_info(encoder.describe())
         adapted = any(is_adapter_key(key) for key in self.state_dict())
         if adapted and trainer.precision in (
             "bf16-true",
