@@ -26,8 +26,8 @@ REAL = "--data.init_args.generated_fraction=0"
 
 
 def run(recipe: str, seed: int, folder: Path, *overrides: str) -> None:
-    """One run in a process of its own, unless it is there."""
-    if list(folder.glob("checkpoints/last.ckpt")):
+    """One run in a process of its own, unless it came to its end before."""
+    if (folder / "done").exists():
         return
     command = [
         sys.executable,
@@ -39,6 +39,7 @@ def run(recipe: str, seed: int, folder: Path, *overrides: str) -> None:
     ]
     command += [f"--seed_everything={seed}", f"--trainer.default_root_dir={folder}", *overrides]
     subprocess.run(command, check=True, stdout=sys.stderr)
+    (folder / "done").touch()
 
 
 def mean(values: list[float], sign: str = "") -> str:

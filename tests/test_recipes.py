@@ -6,8 +6,9 @@ import pytest
 
 from gmail_lightning.main import main, recipes_folder
 
-RECIPES = sorted(p for p in recipes_folder().rglob("*.yaml") if p.parent.name != "trainer")
+RECIPES = sorted(p for p in recipes_folder().rglob("*.yaml") if p.parent.name not in ("trainer", "rivals"))
 OVERLAYS = sorted((recipes_folder() / "trainer").glob("*.yaml"))
+RIVALS = sorted((recipes_folder() / "rivals").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -21,3 +22,18 @@ def test_a_recipe_parses_and_says_how_it_runs(recipe: Path, capsys: pytest.Captu
         main(["fit", "--config", str(recipe), *overlays, "--print_config"])
     assert left.value.code == 0
     assert "class_path: gmail_lightning.tasks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rival", RIVALS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("recipe", ["emoji/retrieval", "gmail/retrieval_vitb16_coco"])
+def test_a_rival_is_one_override(rival: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*overlays: str) -> list[str]:
+        with pytest.raises(SystemExit) as left:
+            main(["fit", "--config", str(recipes_folder() / f"{recipe}.yaml"), *overlays, "--print_config"])
+        assert left.value.code == 0
+        return capsys.readouterr().out.splitlines()
+
+    changed = set(printed("--config", str(rival))) ^ set(printed())
+    allowed = ("aligned", "rank", "alpha", "targets", "- q", "- v", "train_adapters", "generated_fraction", "runs/")
+    assert changed or (rival.stem, recipe) == ("generated_as_real", "gmail/retrieval_vitb16_coco")  # its own default
+    assert all(line.strip().startswith(allowed) for line in changed), changed

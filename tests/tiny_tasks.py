@@ -25,9 +25,10 @@ def tiny_encoder(seed: int = 0) -> OpenCLIPEncoder:
 
 
 def quiet_trainer(folder: Path, **settings: Any) -> pl.Trainer:
+    usual = {"enable_checkpointing": False, "max_epochs": -1, "check_val_every_n_epoch": None}
     return pl.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=folder, enable_checkpointing=False, max_epochs=-1, check_val_every_n_epoch=None, **settings,
+        default_root_dir=folder, **{**usual, **settings},
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,6 +23,7 @@ from gmail_lightning.datamodules import MixedModalityDataModule  # noqa: F401
 from gmail_lightning.datasets import DataError
 from gmail_lightning.hints import hint, import_class
 from gmail_lightning.main import EPILOG
+from gmail_lightning.models.branches import newest_checkpoint
 from gmail_lightning.tasks import BaseTask
 
 RUN_DIR = "GMAIL_LIGHTNING_RUN_DIR"  # the launcher's child processes write where their parent does
@@ -53,6 +55,7 @@ class GmailCLI(LightningCLI):
             r"`isinstance\(treespec, LeafSpec\)`",
             r"Found \d+ module\(s\) in eval mode",
             "The number of training",
+            r"It is recommended to use `self\.log",  # metrics are reduced over ranks before they are logged
         ):
             warnings.filterwarnings("ignore", message=noise)  # true of every run here: towers stay in eval
         cli = cls(
@@ -103,6 +106,7 @@ class GmailCLI(LightningCLI):
         _set_writer(config)
         folder = self._run_folder(config)
         config.trainer.default_root_dir = str(folder)
+        _take_alignment_from_checkpoint(config)
         if config.trainer.logger in (None, True):
             config.trainer.logger = [
                 {
@@ -127,11 +131,11 @@ class GmailCLI(LightningCLI):
             folder = runs / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
         evaluation = "" if self.subcommand == "fit" else f"{self.subcommand}-{datetime.now():%Y%m%d-%H%M%S}"
         if config.get("ckpt_path") == "last":
-            found = sorted(runs.rglob("checkpoints/last*.ckpt"), key=lambda p: p.stat().st_mtime)
-            if not found:
+            found = newest_checkpoint(runs)
+            if found is None:
                 raise MisconfigurationException(f"--ckpt_path last: no checkpoints/last.ckpt below {runs}.")
-            config.ckpt_path = os.environ[CHECKPOINT] = str(found[-1])
-            folder = found[-1].parents[1] / evaluation  # a resumed fit goes on in its folder
+            config.ckpt_path = os.environ[CHECKPOINT] = str(found)
+            folder = found.parents[1] / evaluation  # a resumed fit goes on in its folder
         elif config.get("ckpt_path") and _is_missing_file(config.ckpt_path):
             raise MisconfigurationException(f"--ckpt_path {config.ckpt_path}: no such file.")
         os.environ[RUN_DIR] = str(folder)
@@ -179,6 +183,18 @@ def _is_missing_file(checkpoint: str) -> bool:
     """Whether it names a local file that is not there; Lightning knows some words and addresses besides."""
     words = ("best", "hpc", "registry")
     return "://" not in checkpoint and not checkpoint.startswith(words) and not Path(checkpoint).exists()
+
+
+def _take_alignment_from_checkpoint(config: Any) -> None:
+    """A task that is loaded has its adapters in its own checkpoint: no file of the alignment is needed again."""
+    settings = config.model.get("init_args") or {}
+    if not isinstance(settings.get("aligned"), str) or not config.get("ckpt_path"):
+        return
+    if Path(config.ckpt_path).is_file():
+        content = torch.load(config.ckpt_path, map_location="cpu", mmap=True, weights_only=True)
+        recorded = content.get("hyper_parameters", {}).get("aligned", settings["aligned"])
+        if not isinstance(recorded, str):
+            settings["aligned"] = recorded
 
 
 def _set_writer(config: Any) -> None:

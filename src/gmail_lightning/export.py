@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.models.base import ImageEncoder
+from gmail_lightning.models.branches import build_encoder
 from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference
 from gmail_lightning.models.lora import LoRA, merge_lora
-from gmail_lightning.models.modality import ModalityEncoder, build_encoder, is_adapter_key
+from gmail_lightning.models.modality import ModalityEncoder, is_adapter_key
 from gmail_lightning.models.open_clip import OpenCLIPEncoder, save_open_clip
 
 

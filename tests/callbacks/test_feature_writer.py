@@ -1,5 +1,6 @@
 """Feature stores as they are written: the very features, whatever interrupts it, and the refusals."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -11,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from PIL import Image
 
 from gmail_lightning.callbacks import FeatureWriter
 from gmail_lightning.datamodules import MixedModalityDataModule
-from gmail_lightning.datasets import DataError, EmojiDataset, FeatureStore
+from gmail_lightning.datasets import CocoCaptions, DataError, EmojiDataset, FeatureStore
 from gmail_lightning.models import OpenCLIPEncoder
 from gmail_lightning.tasks import AlignmentTask, EmbeddingTask
 
@@ -145,6 +147,44 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(MisconfigurationException, match="no feature store"):
         embed(tmp_path / "other")
+
+
+def test_images_of_another_folder_are_not_mixed_in(tmp_path: Path) -> None:
+    images = [{"id": n, "file_name": f"{n}.png"} for n in range(3)]
+    captions = [{"id": n, "image_id": n, "caption": "a dog"} for n in range(3)]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    sets = []
+    for seed, name in enumerate(("first", "other")):
+        (tmp_path / name).mkdir()
+        for n in range(3):
+            pixels = np.random.default_rng([seed, n]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{n}.png")
+        sets.append(CocoCaptions(tmp_path / "captions.json", tmp_path / name, "generated"))
+    embed(tmp_path / "store", datasets=sets[0], batch_size=1, limit=2)
+    with pytest.raises(MisconfigurationException, match=r"made with something else .places: "):
+        embed(tmp_path / "store", datasets=sets[1])
+    embed(tmp_path / "store", datasets=sets[0])
+    FeatureStore(tmp_path / "store", sets[0])
+    with pytest.raises(DataError, match="below another folder"):
+        FeatureStore(tmp_path / "store", sets[1])
+
+
+def test_parts_of_an_encoder_with_equal_blocks_are_refused(tmp_path: Path) -> None:
+    def run(scale: float, limit=1.0) -> None:
+        changed = encoder()
+        with torch.no_grad():
+            changed.model.visual.proj.mul_(scale)
+        callbacks = [FeatureWriter(str(tmp_path / "store"))]
+        trainer = pl.Trainer(accelerator="cpu", logger=False, limit_predict_batches=limit, callbacks=callbacks)
+        trainer.predict(EmbeddingTask(changed), MixedModalityDataModule(predict=NOVEL, batch_size=64))
+
+    run(1.0, limit=2)
+    with pytest.raises(
+        MisconfigurationException, match=r"another encoder: the real features of a fixed image have cosine 1.0000"
+    ):
+        run(1.1)
+    run(1.0001)  # as another device rounds
+    assert len(FeatureStore(tmp_path / "store", NOVEL)) == 373
 
 
 def test_a_limited_run_makes_no_store(tmp_path: Path) -> None:

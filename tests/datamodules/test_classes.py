@@ -61,3 +61,20 @@ def test_what_does_not_match_is_named(tmp_path: Path) -> None:
         MixedModalityDataModule(train=[pets, CocoCaptions(captions, tmp_path)]).classes()
     with pytest.raises(DataError, match="train: no data sets"):
         MixedModalityDataModule().classes()
+
+
+def test_labels_that_are_no_class_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("image,caption,label\n1.png,a,cat\n2.png,a,\n3.png,a,dog\n4.png,a,\n")
+    manifest = ManifestDataset(tmp_path / "rows.csv", modality="real")
+    assert manifest.label.tolist() == [0, -1, 1, -1]
+    message = (
+        rf"train: 2 of 4 rows of ManifestDataset {tmp_path}/rows.csv have a label outside of the 2 classes, numbered "
+        r"from 0; the first is row 1 \(.*2.*\), label -1. Give every row a class"
+    )
+    with pytest.raises(DataError, match=message):
+        MixedModalityDataModule(train=[manifest]).classes()
+    pets = folder(tmp_path / "pets", ["cat", "dog"])
+    other = folder(tmp_path / "pets", [])
+    other.label[1] = 2
+    with pytest.raises(DataError, match=r"val: 1 of 2 rows of ImageFolder .* first is row 1 \(.*dog/a.png\), label 2"):
+        MixedModalityDataModule(val={"val": [pets, other]}).classes("val")

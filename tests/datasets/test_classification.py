@@ -163,6 +163,26 @@ def test_imagenet(tmp_path: Path) -> None:
     (tmp_path / "imagenet/val/n00000000").rmdir()
     with pytest.raises(DataError, match="999 class folders instead of 1000"):
         ClassificationDataset("imagenet", tmp_path, check_counts=False)
+    for other in ("tench", "n0000000", "n00000000_tench"):
+        folder = tmp_path / "imagenet/val" / other
+        folder.mkdir()
+        (folder / "a.JPEG").touch()
+        with pytest.raises(DataError, match=f"imagenet: 1 class folders are not where .*: {other}. .*n01440764"):
+            ClassificationDataset("imagenet", tmp_path, check_counts=False)
+        names = [f"class {i}" for i in range(1000)]
+        assert ClassificationDataset("imagenet", tmp_path, check_counts=False, class_names=names).class_names == names
+        (folder / "a.JPEG").unlink()
+        folder.rmdir()
+
+
+@pytest.mark.parametrize("absent", CALTECH_FOLDERS.split())
+def test_caltech_folders_that_are_not_in_the_order_of_the_names_are_refused(absent: str) -> None:
+    folders = CALTECH_FOLDERS.split()
+    assert classification.published_names("caltech101", folders) == prompt_class_names("caltech101")
+    for other in ("AAA", "mouse", "zebra"):  # 102 folders again, before, amid and behind
+        changed = sorted({*folders, other} - {absent})
+        with pytest.raises(DataError, match=r"caltech101: .* are not where .*: .*101_ObjectCategories"):
+            classification.published_names("caltech101", changed)
 
 
 def test_published_names_do_not_depend_on_order_or_spelling() -> None:

@@ -11,8 +11,18 @@ import torch
 
 from gmail_lightning.datamodules.collate import RowTable
 from gmail_lightning.datamodules.rows import EvaluationRows
-from gmail_lightning.datasets import CocoCaptions, DataError, EmojiDataset, FeatureStore, ImageFolder
-from gmail_lightning.datasets.feature_files import merge_parts, write_part
+from gmail_lightning.datasets import (
+    ClassificationDataset,
+    CocoCaptions,
+    DataError,
+    EmojiDataset,
+    FeatureStore,
+    Flickr30k,
+    ImageFolder,
+    ImageTextDataset,
+    ShareGPT4V,
+)
+from gmail_lightning.datasets.feature_files import merge_parts, places, write_part
 from gmail_lightning.types import ImageSpec, InputSpec
 
 SPEC = InputSpec(image=ImageSpec((32, 32)))
@@ -25,9 +35,9 @@ def write_store(folder: Path, dataset, width: int = 3, **record) -> np.ndarray:
     columns = {"key": keys, "modality": dataset.modality[rows.first], "image_id": dataset.image_id[rows.first]}
     values = np.random.default_rng(0).normal(size=(len(keys), width)).astype(np.float16)
     (folder / "parts").mkdir(parents=True)
-    for half in (np.arange(0, len(keys), 2), np.arange(1, len(keys), 2)):
+    for half in np.array_split(np.random.default_rng(1).permutation(len(keys)), min(len(keys), 2)):
         write_part(folder, half, values[half])
-    recorded = {"count": len(keys), "id_spaces": [dataset.id_space], "branches": {}, **record}
+    recorded = {"count": len(keys), "places": places([dataset]), "branches": {}, **record}
     merge_parts(folder, pa.table(columns), recorded)
     return values
 
@@ -113,13 +123,47 @@ def test_equal_names_of_other_images_are_refused(tmp_path: Path) -> None:
             (tmp_path / name / "cat" / f"{number}.jpg").touch()
     write_store(tmp_path / "folder", ImageFolder(tmp_path / "a"))
     FeatureStore(tmp_path / "folder", ImageFolder(tmp_path / "a"))
-    with pytest.raises(DataError, match="below another folder") as caught:
+    with pytest.raises(DataError, match=r"below another folder .* Write the store again"):
         FeatureStore(tmp_path / "folder", ImageFolder(tmp_path / "b"))
-    record = json.loads((tmp_path / "folder" / "store.json").read_text())
-    record["id_spaces"].append(ImageFolder(tmp_path / "b").id_space)  # the way out that the message names
-    assert ImageFolder(tmp_path / "b").id_space in str(caught.value)
-    (tmp_path / "folder" / "store.json").write_text(json.dumps(record))
-    FeatureStore(tmp_path / "folder", ImageFolder(tmp_path / "b"))
+
+
+def _coco(folder: Path, root: Path, modality: str) -> ImageTextDataset:
+    images = [{"id": 9, "file_name": "9.jpg"}]
+    captions = [{"id": 1, "image_id": 9, "caption": "a dog"}]
+    (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    return CocoCaptions(folder / "coco.json", root, modality)
+
+
+def _flickr30k(folder: Path, root: Path, modality: str) -> ImageTextDataset:
+    (folder / "results.token").write_text("9.jpg#0\ta dog\n")
+    return Flickr30k(folder / "results.token", root, modality, "full", check_counts=False)
+
+
+def _sharegpt4v(folder: Path, root: Path, modality: str) -> ImageTextDataset:
+    entry = {"image": "sam/9.jpg", "conversations": [{"value": "?"}, {"value": "a dog"}]}
+    (folder / "share.json").write_text(json.dumps([entry]))
+    return ShareGPT4V(folder / "share.json", root, modality, check_counts=False)
+
+
+def _caltech101(folder: Path, root: Path, modality: str) -> ImageTextDataset:
+    (root / "caltech101/101_ObjectCategories/dog").mkdir(parents=True, exist_ok=True)
+    (root / "caltech101/101_ObjectCategories/dog/9.jpg").touch()
+    return ClassificationDataset("caltech101", root, "all", modality, class_names=["dog"], check_counts=False)
+
+
+@pytest.mark.parametrize("build", [_coco, _flickr30k, _sharegpt4v, _caltech101])
+def test_images_of_another_generator_under_the_same_names_are_refused(tmp_path: Path, build) -> None:
+    first, other = (build(tmp_path, tmp_path / name, "generated") for name in ("first", "other"))
+    assert [first.sample_key(0), first.image_id[0]] == [other.sample_key(0), other.image_id[0]]
+    assert first.id_space == other.id_space == ""  # one image to the comparison of training with evaluation
+    values = write_store(tmp_path / "store", first)
+    again = FeatureStore(tmp_path / "store", build(tmp_path, tmp_path / "other" / ".." / "first", "generated"))
+    assert np.array_equal(again.feature(0).numpy(), values[0])
+    assert again.place == first.place
+    with pytest.raises(DataError, match="below another folder"):
+        FeatureStore(tmp_path / "store", other)
+    write_store(tmp_path / "real", build(tmp_path, tmp_path / "first", "real"))  # published images, wherever they lie
+    FeatureStore(tmp_path / "real", build(tmp_path, tmp_path / "other", "real"))
 
 
 def test_unfinished_and_damaged_stores_are_refused(tmp_path: Path) -> None:

@@ -14,3 +14,10 @@ def test_counts_over_batches() -> None:
     metric.update(torch.tensor([False]))
     values = metric.compute()
     assert (values["num_truncated"].item(), values["truncated"].item()) == (2, pytest.approx(0.5))
+
+
+def test_a_prefix_tells_modalities_apart() -> None:
+    metric = TruncatedTexts(prefix="generated_")
+    metric.update(torch.tensor([True, False, False, False]))
+    values = {name: value.item() for name, value in metric.compute().items()}
+    assert values == {"generated_num_truncated": 1, "generated_truncated": 0.25}

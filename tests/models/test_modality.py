@@ -272,5 +272,5 @@ def test_from_checkpoint_says_what_is_wrong(recorded, tmp_path) -> None:
     torch.save({"state_dict": {}}, path)
     with pytest.raises(ValueError, match="no branches of an encoder in it"):
         ModalityEncoder.from_checkpoint(path)
-    with pytest.raises(ValueError, match="give frozen, projected or adapted"):
+    with pytest.raises(ValueError, match="give one of frozen, projected, adapted"):
         ModalityEncoder(OpenCLIPEncoder(**recorded["init_args"]), real_path="shared")

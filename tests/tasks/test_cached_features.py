@@ -1,5 +1,6 @@
 """Cached features in place of pixels: the same loss and scores, no teacher forward, and what is refused."""
 
+import json
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,8 +11,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from gmail_lightning.callbacks import FeatureWriter
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset, FeatureStore
-from gmail_lightning.models import OpenCLIPEncoder
+from gmail_lightning.models import ModalityEncoder, OpenCLIPEncoder
 from gmail_lightning.tasks import AlignmentTask, EmbeddingTask, RetrievalTask
+from gmail_lightning.tasks.feature_record import feature_record, refuse_other_features
+from gmail_lightning.types import Modality
 
 TINY = {
     "embed_dim": 16,
@@ -150,7 +153,7 @@ def test_a_whole_run_on_a_store_has_the_scores_of_live_features(tmp_path: Path, 
         trainer(tmp_path, check_val_every_n_epoch=None, val_check_interval=2).fit(task, pairs(real, num_workers=0))
         results.append((task.results["novel"], encoder.images))
     (live, live_images), (cached, cached_images) = results
-    assert live_images - cached_images == 2 * 8 + 373
+    assert live_images - cached_images == 2 * 8 + 373 - 1  # the fixed image that the store is compared by
     assert cached == {name: pytest.approx(value, abs=0.01) for name, value in live.items()}
 
 
@@ -181,6 +184,92 @@ def test_features_of_another_encoder_are_refused(tmp_path: Path, stored: Path) -
     tokens = embed(tmp_path / "tokens", EmojiDataset("noto"), layer=-2)
     with pytest.raises(MisconfigurationException, match="written with layer -2, and None is needed"):
         trainer(tmp_path).fit(AlignmentTask(tiny()), pairs(lambda dataset: FeatureStore(tokens, dataset)))
+
+
+def changed_projection(visual) -> None:
+    torch.nn.init.normal_(visual.proj, std=float(visual.proj.std()))
+
+
+def changed_patches(visual) -> None:
+    visual.conv1.weight.mul_(2)
+
+
+def changed_positions(visual) -> None:
+    visual.positional_embedding.copy_(visual.positional_embedding.roll(1, 0))
+
+
+def changed_norm(visual) -> None:
+    visual.transformer.resblocks[0].ln_1.weight.mul_(1.5)
+
+
+def changed_bias(visual) -> None:
+    visual.transformer.resblocks[0].mlp.c_proj.bias.add_(0.5 * torch.randn(32))
+
+
+@pytest.mark.parametrize("layer", [None, -2])
+@pytest.mark.parametrize("change", [changed_projection, changed_patches, changed_positions, changed_norm, changed_bias])
+def test_another_encoder_with_equal_blocks_is_refused(change, layer: int | None) -> None:
+    encoder = tiny()
+    record = json.loads(json.dumps(EmbeddingTask(encoder, layer=layer).record([Modality.REAL])))
+    stores = [{**record, "path": "/stores/a"}]
+    changed = tiny()
+    with torch.no_grad():
+        change(changed.model.visual)
+    assert feature_record(changed, [Modality.REAL], layer)["fingerprint"] == record["fingerprint"]
+    if layer is not None and change is changed_projection:  # which patch tokens do not see
+        refuse_other_features(changed, stores, layer, trains=False)
+        return
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"^/stores/a cannot .* The real features of a fixed image have cosine -?0\.\d{4} ",
+    ):
+        refuse_other_features(changed, stores, layer, trains=False)
+
+
+@pytest.mark.parametrize("layer", [None, -2])
+def test_the_same_encoder_is_accepted_however_it_rounds(tmp_path: Path, layer: int | None) -> None:
+    encoder = tiny()
+    torch.save(encoder.state_dict(), tmp_path / "weights.pt")
+    record = EmbeddingTask(encoder, layer=layer).record([Modality.REAL])
+    stores = [{**json.loads(json.dumps(record)), "path": "a"}]
+    anew = tiny(seed=1)
+    anew.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert feature_record(anew, [Modality.REAL], layer)["probe"] == record["probe"]
+    for same in (anew, AlignmentTask(tiny()).encoder, tiny().bfloat16()):
+        refuse_other_features(same, stores, layer, trains=False)
+
+
+def test_the_fixed_image_is_encoded_in_eval_mode_and_without_autocast() -> None:
+    dropping = tiny(patch_dropout=0.5).train()
+    dropping.model.visual.ln_post.eval()  # frozen by hand
+    modes = [module.training for module in dropping.modules()]
+    with torch.autocast("cpu", torch.bfloat16):
+        features = feature_record(dropping, [Modality.REAL], None)["probe"]["real"]
+    assert [module.training for module in dropping.modules()] == modes
+    image = (torch.arange(3 * 32 * 32, dtype=torch.float64).cos() / 10 + 0.5).float().view(1, 3, 32, 32)
+    expected = dropping.eval().encode_image(image)[0]
+    torch.testing.assert_close(torch.tensor(features), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["proj", "conv1.weight", "ln_post.bias", "positional_embedding"])
+def test_features_of_a_tower_of_which_any_tensor_is_trained_are_refused(name: str) -> None:
+    for encoder in (tiny(), AlignmentTask(tiny()).encoder):
+        plain = encoder.encoder if isinstance(encoder, ModalityEncoder) else encoder.requires_grad_(False)
+        stores = [{**feature_record(encoder, [Modality.REAL], None), "path": "a"}]
+        for parameter in plain.text_parameters():
+            parameter.requires_grad_(True)
+        refuse_other_features(encoder, stores, None, trains=True)
+        plain.model.visual.get_parameter(name).requires_grad_(True)
+        refuse_other_features(encoder, stores, None, trains=False)
+        with pytest.raises(MisconfigurationException, match="real images, and this run trains the branch"):
+            refuse_other_features(encoder, stores, None, trains=True)
+
+
+@pytest.mark.parametrize("text_side", ["frozen", "lora", "projection", "full"])
+def test_a_text_side_may_be_trained_on_cached_features(text_side: str) -> None:
+    encoder = ModalityEncoder(tiny(), text_side=text_side, rank=0)
+    stores = [{**feature_record(encoder, list(Modality), None), "path": "a"}]
+    refuse_other_features(encoder, stores, None, trains=True)
 
 
 def test_features_that_the_run_would_change_are_refused(tmp_path: Path, stored: Path) -> None:
@@ -225,7 +314,7 @@ def test_generated_features_are_those_of_the_aligned_branch(tmp_path: Path) -> N
 
     live, _ = scores(tiny(), None)
     cached, images = scores(tiny(), both)
-    assert images == 0
+    assert images == 2  # the fixed image, through either branch
     assert cached == {name: pytest.approx(value, abs=0.01) for name, value in live.items()}
     with pytest.raises(MisconfigurationException, match=r"generated images are of the branch plain tower, and this"):
         scores(tiny(), plain)

@@ -125,13 +125,17 @@ def test_evaluation_counts_the_captions_that_are_cut() -> None:
         "long_text": made.input_spec.texts["long_text"].encode(texts),
         "long_text_row": torch.tensor([0, 0, 1, 2, 2, 2]),
     }
-    metrics = made.build_metrics("val")
-    with torch.no_grad():
-        made.update_metrics(metrics, rows)
-    values = {name: float(value) for metric in metrics.values() for name, value in metric.compute().items()}
-    assert (values["num_truncated"], values["truncated"]) == (2, pytest.approx(2 / 6))  # "a dog " * 7 fits to the token
-    assert (values["num_images"], values["num_texts"]) == (2, 5)
-    assert (values["generated_num_images"], values["generated_num_texts"]) == (1, 1)
+    for own, other in (("", "generated_"), ("generated_", "")):
+        metrics = made.build_metrics("val")
+        with torch.no_grad():
+            made.update_metrics(metrics, rows)
+        values = {name: float(value) for metric in metrics.values() for name, value in metric.compute().items()}
+        assert (values[own + "num_images"], values[own + "num_texts"]) == (2, 5)
+        assert (values[other + "num_images"], values[other + "num_texts"]) == (1, 1)
+        assert values[own + "num_truncated"] == 2  # "a dog " * 7 fits to the token
+        assert values[own + "truncated"] == pytest.approx(2 / 5)
+        assert values[other + "num_truncated"] == values[other + "truncated"] == 0
+        rows["modality"] = 1 - rows["modality"]
 
 
 def test_it_runs_on_the_batches_of_the_data_module(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

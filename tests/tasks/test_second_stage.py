@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
 from gmail_lightning.main import main
-from gmail_lightning.models import ModalityEncoder
+from gmail_lightning.models import ModalityEncoder, stretch_context, stretch_positional_embedding
 from gmail_lightning.tasks import LinearProbeTask, RetrievalTask, ZeroShotClassificationTask
 
 MODALITY = torch.tensor([0, 1, 1, 0, 1])
@@ -126,6 +128,73 @@ def test_refusals(aligned, tmp_path) -> None:
         RetrievalTask(tiny_encoder(), text_side="lora", train_adapters=True)
     with pytest.raises(ValueError, match="text_side='half'"):
         RetrievalTask(tiny_encoder(), text_side="half")
+    with pytest.raises(ValueError, match="give a string"):
+        LinearProbeTask(tiny_encoder(), aligned=aligned.path)
+
+
+def test_a_later_stage_is_no_alignment(aligned, fitted, tmp_path) -> None:
+    """Its own text side would be dropped, or it has no branch at all: said, not done."""
+    for number, (start, match) in enumerate([(None, "no branch for generated images"), (str(aligned.path), "dropped")]):
+        trainer = fitted(RetrievalTask(tiny_encoder(), aligned=start, text_side="lora"), emoji_data())
+        path = tmp_path / f"{number}.ckpt"
+        trainer.save_checkpoint(path)
+        with pytest.raises(ValueError, match=match):
+            RetrievalTask(tiny_encoder(), aligned=str(path), text_side="frozen")
+    assert LinearProbeTask(tiny_encoder(), aligned=str(path)).encoder.settings["rank"] == 3  # images alone: no loss
+
+
+def test_settings_that_no_tensor_shows_must_agree(aligned, fitted, tmp_path) -> None:
+    trainer = fitted(RetrievalTask(tiny_encoder(), aligned=str(aligned.path), text_side="lora"), emoji_data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    other = {**aligned.task.encoder.settings, "alpha": 50.0}
+    task = RetrievalTask(tiny_encoder(), aligned=other, text_side="lora")
+    with pytest.raises(MisconfigurationException, match=r"alpha=5.0 of its branches, and here it is 50.0"):
+        quiet_trainer(tmp_path).validate(task, emoji_data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+
+
+def test_new_adapters_learn_from_the_task_itself(fitted) -> None:
+    settings = {"rank": 2, "alpha": 4.0, "targets": ["q", "v"]}
+    task = RetrievalTask(tiny_encoder(), aligned=settings, text_side="lora", train_adapters=True)
+    before = tensors(task)
+    fitted(task, emoji_data())
+    changed = {name for name, value in tensors(task).items() if not torch.equal(before[name], value)}
+    assert any("lora.image" in name for name in changed)
+    assert all("lora" in name for name in changed)
+
+
+def test_a_stretched_table_is_in_checkpoints_of_an_evaluation(fitted, tmp_path) -> None:
+    """ModelCheckpoint saves at the end of a validation, where no gradient is recorded."""
+    encoder = tiny_encoder()
+    stretch_context(encoder, 28, keep=4)
+    task = RetrievalTask(encoder, text_side="full")
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    fitted(task, emoji_data(), callbacks=[saver], enable_checkpointing=True, limit_val_batches=1, val_check_interval=2)
+    other = tiny_encoder()
+    stretch_context(other, 28, keep=4)
+    loaded = RetrievalTask.load_from_checkpoint(tmp_path / "last.ckpt", encoder=other)
+    key = "encoder.model.positional_embedding"
+    assert torch.equal(loaded.state_dict()[key], task.state_dict()[key])
+    assert not torch.equal(loaded.state_dict()[key][4:], tiny_stretched_table()[4:])
+
+
+def tiny_stretched_table() -> torch.Tensor:
+    return stretch_positional_embedding(tiny_encoder().model.positional_embedding.detach(), 28, keep=4)
+
+
+def test_the_command_line_needs_no_file_of_the_alignment_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipes = Path(__file__).parents[2] / "recipes" / "emoji"
+    small = ["--data.init_args.num_workers=0", "--data.init_args.batch_size=16", "--trainer.max_steps=1"]
+    small += ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=1", "--trainer.num_sanity_val_steps=0"]
+    assert main(["fit", "--config", str(recipes / "align.yaml"), *small, "--trainer.callbacks=null"]) == 0
+    retrieval = ["--config", str(recipes / "retrieval.yaml")]
+    assert main(["fit", *retrieval, *small]) == 0  # aligned: runs/emoji-align
+    first = json.loads(next((tmp_path / "runs" / "emoji-retrieval").glob("*/results.json")).read_text())["results"]
+    shutil.rmtree(tmp_path / "runs" / "emoji-align")
+    limits = ["--data.init_args.num_workers=0", "--data.init_args.batch_size=16", "--trainer.limit_val_batches=1"]
+    assert main(["validate", *retrieval, *limits, "--ckpt_path=last"]) == 0
+    again = json.loads(next((tmp_path / "runs" / "emoji-retrieval").rglob("validate_results.json")).read_text())
+    assert again["results"]["novel"] == pytest.approx(first["novel"], abs=1e-6)
 
 
 @pytest.mark.parametrize("recipe", ["retrieval", "zeroshot", "linear_probe"])
@@ -143,7 +212,8 @@ def test_the_embedded_recipes_train_evaluate_and_reload(recipe, tmp_path, monkey
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert main(["test", *config, f"--ckpt_path={last}", "--trainer.limit_test_batches=1",
                  f"--trainer.default_root_dir={tmp_path}/test"]) == 0  # fmt: skip
-    tested = json.loads((tmp_path / "test" / "results.json").read_text())
+    tested = json.loads((tmp_path / "test" / "test_results.json").read_text())
+    assert tested["checkpoint"] == str(last)
     # the same rows, and the weights of the last step
     assert tested["results"]["novel"] == pytest.approx(content["results"]["novel"], abs=1e-6)
     assert ("classes" in tested) == (recipe != "retrieval")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gmail_lightning.transforms import fill, prompt_class_names, prompt_templates
+from gmail_lightning.transforms.text import given_templates
 
 # CLIP, prompts.md and the notebook of ImageNet: templates, classes, one of each.
 PUBLISHED = [
@@ -65,3 +66,16 @@ def test_fill() -> None:
             fill(template, "cat")
     with pytest.raises(ValueError, match=r"No published prompts for 'cifar10'. Known: imagenet, caltech101"):
         prompt_templates("cifar10")
+
+
+def test_given_templates_are_a_name_one_template_or_several() -> None:
+    assert given_templates("imagenet") == prompt_templates("imagenet")
+    assert given_templates("a {} in the sun") == ["a {} in the sun"]
+    assert given_templates(("a {}", "the {}")) == ["a {}", "the {}"]
+    with pytest.raises(ValueError, match="templates is empty"):
+        given_templates([])
+    for bad in ("{} and {}", ["a {}", "a photo"], ["imagenet"]):
+        with pytest.raises(ValueError, match=r"needs exactly one {}"):
+            given_templates(bad)
+    with pytest.raises(ValueError, match=r"No published prompts for 'a photo'.*own has {} where"):
+        given_templates("a photo")

@@ -25,6 +25,7 @@ from gmail_lightning.datasets.feature_files import (
     clear,
     finished_rows,
     merge_parts,
+    places,
     read_record,
     remove_temporary,
     write_part,
@@ -32,6 +33,7 @@ from gmail_lightning.datasets.feature_files import (
 )
 from gmail_lightning.models.fingerprint import fingerprint_difference
 from gmail_lightning.tasks.embedding import EmbeddingTask
+from gmail_lightning.tasks.feature_record import probe_difference
 from gmail_lightning.types import Modality
 
 PART_BYTES = 2**26
@@ -84,7 +86,7 @@ class FeatureWriter(Callback):
                 "EmbeddingTask takes no ckpt_path: give the checkpoint of the alignment as model.init_args.aligned."
             )
         cast(Any, trainer).predict_loop.return_predictions = False  # they would be kept until the end
-        self._rows, spaces = _columns(data)
+        self._rows, where = _columns(data)
         modalities = [Modality(value) for value in pc.unique(self._rows["modality"]).to_pylist()]
         self._record = {
             **pl_module.record(modalities),
@@ -92,7 +94,7 @@ class FeatureWriter(Callback):
             "precision": str(trainer.precision),
             "count": len(self._rows),
             "keys": hashlib.sha256("\n".join(self._rows["key"].to_pylist()).encode()).hexdigest(),
-            "id_spaces": spaces,
+            "places": where,
         }
         self._refuse_folder()  # on every rank alike
         trainer.strategy.barrier("FeatureWriter: the folder was looked at")
@@ -197,7 +199,7 @@ class FeatureWriter(Callback):
 
 
 def _columns(data: MixedModalityDataModule) -> tuple[pa.Table, list[str]]:
-    """Key, modality and image id of every image to predict, and the ``id_space`` of their data sets.
+    """Key, modality and image id of every image to predict, and the ``places`` of their data sets.
 
     Raises:
         DataError: If two images have one key.
@@ -213,7 +215,7 @@ def _columns(data: MixedModalityDataModule) -> tuple[pa.Table, list[str]]:
             "store per data set."
         )
     columns = {"key": keys, "modality": table.modality[first], "image_id": table.image_id[first]}
-    return pa.table(columns), sorted({dataset.id_space for dataset in table.datasets})
+    return pa.table(columns), places(table.datasets)
 
 
 def _difference(first: dict[str, Any], second: dict[str, Any]) -> str | None:
@@ -223,6 +225,11 @@ def _difference(first: dict[str, Any], second: dict[str, Any]) -> str | None:
             difference = fingerprint_difference(first[name], second[name])
             if difference is not None:
                 return f"another encoder: {difference}"
+        elif name == "probe":
+            for branch, features in second[name].items():
+                difference = probe_difference(first[name][branch], features)
+                if difference is not None:
+                    return f"another encoder: the {branch} features of a fixed image {difference}"
         elif first.get(name) != second[name]:
             return f"{name}: {first.get(name)!r} there, {second[name]!r} now"
     return None

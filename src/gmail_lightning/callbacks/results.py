@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from gmail_lightning.tasks import BaseTask
 
@@ -21,7 +22,8 @@ class CollapseError(RuntimeError):
 class ResultsWriter(Callback):
     """Writes the values of every evaluation set to ``results.json`` in the run folder.
 
-    ``results`` holds those of the last evaluation and ``step`` when it was; ``before`` those from before training,
+    ``validate`` and ``test`` write ``validate_results.json`` and ``test_results.json``, with their ``checkpoint``.
+    ``results`` holds the values of the last evaluation and ``step`` when it was; ``before`` those from before training,
     where ``trainer.num_sanity_val_steps`` is -1; ``classes`` the accuracy of every class, from tasks that classify.
     """
 
@@ -44,13 +46,17 @@ class ResultsWriter(Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: on every rank
         if cast(Any, trainer).fast_dev_run or not trainer.is_global_zero:
             return
-        content: dict[str, Any] = {"step": trainer.global_step, "results": task.results}
+        verb = cast(TrainerFn, trainer.state.fn)
+        of_fit = verb == TrainerFn.FITTING
+        when = {"step": trainer.global_step} if of_fit else {"checkpoint": str(trainer.ckpt_path or "")}
+        content: dict[str, Any] = {**when, "results": task.results}
         if self.before:
             content["before"] = self.before
         if classes := getattr(task, "class_accuracy", None):
             content["classes"] = classes
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+        name = "results.json" if of_fit else f"{verb.value}_results.json"
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         """The state before training, so that a resumed run compares with the true beginning."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
+import numpy as np
+
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
 from gmail_lightning.types import Classes
 
@@ -19,8 +21,8 @@ def agreed_classes(datasets: Sequence[ImageTextDataset], where: str) -> Classes:
         where: Name of the stream, for error messages.
 
     Raises:
-        DataError: If there is no data set, one has no classes, or two have not the same classes or prompts; names both
-            and the first difference.
+        DataError: If there is no data set, one has no classes, a label is none of them, or two have not the same
+            classes or prompts; names both and the first difference.
     """
     if not datasets:
         raise DataError(f"{where}: no data sets, so no classes. Give the data module some.")
@@ -30,6 +32,15 @@ def agreed_classes(datasets: Sequence[ImageTextDataset], where: str) -> Classes:
                 f"{where}: {_name(dataset)} has no classes. Classification needs a label and the name of its class for "
                 "every row: use a data set of classes, such as ImageFolder, or ManifestDataset with class names in the "
                 "column label."
+            )
+        outside = np.flatnonzero((dataset.label < 0) | (dataset.label >= len(dataset.class_names)))
+        if len(outside):
+            row = int(outside[0])
+            raise DataError(
+                f"{where}: {len(outside)} of {len(dataset)} rows of {_name(dataset)} have a label outside of the "
+                f"{len(dataset.class_names)} classes, numbered from 0; the first is row {row} "
+                f"({dataset.describe(row)}), label {dataset.label[row]}. Give every row a class, or leave out those "
+                "that have none."
             )
     first = datasets[0]
     names = list(first.class_names or [])

@@ -115,6 +115,8 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
         not_for_training: Why no row may be trained on; None where nothing speaks against it.
         id_space: Empty where equal ``image_id`` mean one real image, whatever the data set. Where ids are made of names
             that start from a folder, a digest of that folder: ``0001.jpg`` below another one is another image.
+        place: A digest of the folder of the images where it alone tells them from others of the same names and ids:
+            generated images under the names of real ones. Cached features are compared by it, ids are not.
         captions_are_classes: Captions are made of the names of classes, so that training may well have the same.
         feature_store: What the features that stand in for pixels were made with; None where the rows have pixels.
     """
@@ -130,6 +132,7 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
     summary: str | None = None
     not_for_training: str | None = None
     id_space: str = ""
+    place: str = ""
     captions_are_classes: bool = False
     feature_store: dict[str, Any] | None = None
 

@@ -17,6 +17,7 @@ from gmail_lightning.datasets.base import (
     ModalityName,
     constant_modality,
     decode_image,
+    folder_space,
     one_line,
 )
 from gmail_lightning.datasets.protocols import CAPTION_PROTOCOLS, compare_counts
@@ -68,6 +69,7 @@ class CaptionRows(ImageTextDataset):
         self.image_id = np.array([row.image_id for row in rows], dtype=np.int64)
         self.pair_id = np.array([row.caption_id for row in rows], dtype=np.int64)
         self.modality = constant_modality(modality, len(rows))
+        self.place = folder_space(self.image_root) if modality == "generated" else ""
         ids, first, count = np.unique(self.pair_id, return_index=True, return_counts=True)
         if len(ids) < len(rows):
             one = rows[first[count > 1][0]]

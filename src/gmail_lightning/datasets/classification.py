@@ -88,7 +88,7 @@ def published_names(name: str, classes: list[str]) -> list[str]:
     """Returns the published names of ``classes``, in their order; spelling may differ in all but letters and digits.
 
     Raises:
-        DataError: If a class has none.
+        DataError: If a class has none, or a folder is none of the archive's.
     """
     published = prompt_class_names(name)
     if name in BY_FOLDER:
@@ -96,6 +96,13 @@ def published_names(name: str, classes: list[str]) -> list[str]:
             raise DataError(
                 f"{name}: {len(classes)} class folders instead of {len(published)}, so that it is not known which is "
                 "which. Complete them, or give class_names."
+            )
+        strange = [one for one, own in zip(classes, published, strict=True) if not _is_folder_of(name, one, own)]
+        if strange:
+            rule = "WordNet ids, such as n01440764" if name == "imagenet" else "those of 101_ObjectCategories"
+            raise DataError(
+                f"{name}: {len(strange)} class folders are not where the published names have them: "
+                f"{', '.join(strange[:5])}. Name the folders as the archive does ({rule}), or give class_names."
             )
         return published
     by_letters = {_letters(one): one for one in published}
@@ -106,6 +113,16 @@ def published_names(name: str, classes: list[str]) -> list[str]:
             "give class_names."
         )
     return [by_letters[_letters(one)] for one in classes]
+
+
+def _is_folder_of(name: str, folder: str, published: str) -> bool:
+    """Whether a folder may hold the class: a WordNet id; or, for Caltech101, its first word is in the class's name."""
+    if name == "imagenet":
+        return re.fullmatch(r"n\d{8}", folder) is not None
+    words, known = (
+        [word.removesuffix("s") for word in re.findall("[a-z]+", one.lower())] for one in (folder, published)
+    )
+    return bool(words) and words[0] in known
 
 
 def _letters(name: str) -> str:

@@ -30,6 +30,7 @@ class CocoCaptions(CaptionRows):
     Raises:
         DataError: If the file or the split is missing or malformed, a caption is empty or of no image, an image has no
             caption, an id occurs twice, or the protocol is another.
+        ValueError: If ``captions_per_image`` is below 1, or the protocol is unknown.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class CocoCaptions(CaptionRows):
         captions_per_image: int | None = None,
         protocol: Literal["coco_5k", "karpathy_test"] | None = None,
     ) -> None:
+        if captions_per_image is not None and captions_per_image < 1:
+            raise ValueError(f"captions_per_image={captions_per_image}: give at least 1, or leave it out for all.")
         self.annotations, self.image_root = Path(annotations), Path(image_root)
         content = read_json(self.annotations)
         if not isinstance(content, dict) or not isinstance(content.get("images"), list):

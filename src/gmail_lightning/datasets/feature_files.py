@@ -11,12 +11,14 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from gmail_lightning.datasets.base import ImageTextDataset
 from gmail_lightning.datasets.shards import TEMPORARY, temporary, write_table
 
 FEATURES, ROWS, RECORD, PARTS = "features.npy", "rows.parquet", "store.json", "parts"
@@ -36,6 +38,11 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     path = temporary(folder / RECORD)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     path.replace(folder / RECORD)
+
+
+def places(datasets: Iterable[ImageTextDataset]) -> list[str]:
+    """Where the images of data sets lie, as far as keys and ids do not tell them from other images."""
+    return sorted({dataset.place or dataset.id_space for dataset in datasets})
 
 
 def write_part(folder: Path, row_id: np.ndarray, features: np.ndarray) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
-from gmail_lightning.datasets.feature_files import FEATURES, RECORD, ROWS, read_record
+from gmail_lightning.datasets.feature_files import FEATURES, RECORD, ROWS, places, read_record
 
 
 class FeatureStore(ImageTextDataset):
@@ -64,12 +64,11 @@ class FeatureStore(ImageTextDataset):
 
     def _join(self, rows: pa.Table) -> np.ndarray:
         """Row of the store of each row, shape (N,)."""
-        dataset, spaces = self.dataset, self.feature_store["id_spaces"]
-        if dataset.id_space not in spaces:
+        dataset = self.dataset
+        if not set(places([dataset])) <= set(self.feature_store["places"]):
             raise DataError(
                 f"{self.path} was written for images below another folder than those of {dataset.describe(0)}: equal "
-                f"names do not mean equal images. Write a store for them; or, if the folder was only moved, put its "
-                f"id_space {dataset.id_space!r} into id_spaces of {self.path / RECORD}."
+                "names do not mean equal images. Write the store again, also where the folder was only moved."
             )
         keys = pa.array([dataset.sample_key(i) for i in range(len(dataset))], pa.string())
         own = pc.index_in(keys, value_set=rows["key"]).fill_null(-1).to_numpy().astype(np.int64)

@@ -18,7 +18,7 @@ from gmail_lightning.datasets.base import (
     folder_space,
     stable_ids,
 )
-from gmail_lightning.transforms.text import fill, prompt_templates
+from gmail_lightning.transforms.text import fill, given_templates
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff"}
 
@@ -42,6 +42,7 @@ class ClassImages(ImageTextDataset):
         self.label = np.array(label, dtype=np.int64)
         self.pair_id = np.full(len(files), -1)
         self.modality = constant_modality(modality, len(files))
+        self.place = folder_space(self.root) if modality == "generated" else ""
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
         return decode_image((self.root / self._files[index]).read_bytes())
@@ -89,7 +90,7 @@ class ImageFolder(ClassImages):
         self.class_names = given_names(self.root, folders, class_names) or [
             folder.replace("_", " ") for folder in folders
         ]
-        self.templates = _templates(templates)
+        self.templates = given_templates(templates)
         all_files: list[str] = []
         label: list[int] = []
         for number, folder in enumerate(folders):
@@ -145,13 +146,3 @@ def _read_names(path: Path) -> list[str] | dict[str, str]:
     if not isinstance(names, list | dict) or not all(isinstance(name, str) for name in values):
         raise DataError(f"{path}: expected a list of names, or an object from folder to name.")
     return names
-
-
-def _templates(templates: str | list[str]) -> list[str]:
-    if isinstance(templates, str):
-        templates = [templates] if "{}" in templates else prompt_templates(templates)
-    if not templates:
-        raise ValueError("templates is empty: give at least one prompt, such as 'a photo of a {}.'")
-    for template in templates:
-        fill(template, "")  # complains now, not in a worker
-    return list(templates)

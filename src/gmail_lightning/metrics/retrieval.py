@@ -24,8 +24,9 @@ def image_text_recall(
     """Recall at k and median rank of image-to-text and text-to-image retrieval by cosine similarity.
 
     An image counts as found if any of its texts is among the k best. A candidate that ties with the positive counts
-    half a rank, so that equal features for everything score at chance and not 1. Features of any precision are read
-    block by block, so they may be memory-mapped; above the inputs stay one tile and a few numbers per image.
+    half a rank, so that equal features for everything find nothing among more than 2k candidates. Features of any
+    precision are read block by block, so they may be memory-mapped; above the inputs stay one tile and a few numbers
+    per image.
 
     Args:
         image_features: Shape (I, D), normalised inside.

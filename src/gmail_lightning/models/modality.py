@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import ROLES, DualEncoder, ImageEncoder, LoRATarget, Tower
-from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
+from gmail_lightning.models.branches import build_encoder, newest_checkpoint, read_branches
 from gmail_lightning.models.lora import add_lora, lora_disabled
 from gmail_lightning.types import ImageSpec, Modality, TextSpec
 
 RealPath = Literal["frozen", "projected", "adapted"]
 TextSide = Literal["frozen", "lora", "projection", "full"]
-
-#: Arguments of ``ModalityEncoder`` that say how images are routed, and those of the text side.
-IMAGE_SETTINGS = ("rank", "alpha", "targets", "real_path", "projection")
-TEXT_SETTINGS = ("text_side", "text_rank", "text_targets")
 
 _PROJECTIONS = ("generated_projection", "real_projection", "text_side_projection")
 _ADAPTER_KEY = re.compile(
@@ -262,66 +257,10 @@ class ModalityEncoder(DualEncoder):
         return model.eval()
 
 
-class Branches(NamedTuple):
-    """What a checkpoint records of its ``ModalityEncoder``."""
-
-    path: Path
-    hyperparameters: dict[str, Any]
-    image_settings: dict[str, Any]  # of IMAGE_SETTINGS
-    text_settings: dict[str, Any]  # of TEXT_SETTINGS
-    state: dict[str, Tensor]
-    base: dict[str, Any]  # fingerprint of the plain encoder
-
-    def check(self, encoder: ImageEncoder) -> None:
-        """Refuses an encoder that the checkpoint was not trained on.
-
-        Raises:
-            ValueError: With both fingerprints and their difference.
-        """
-        found = fingerprint(encoder, self.base["towers"])
-        difference = fingerprint_difference(self.base, found)
-        if difference is not None:
-            raise ValueError(
-                f"{self.path}: trained on another base. The checkpoint has {fingerprint_digest(self.base)}, this "
-                f"{type(encoder).__name__} has {fingerprint_digest(found)}; they differ in {difference}. "
-                "Load the encoder that the task was trained with."
-            )
-
-
-def read_branches(path: str | Path) -> Branches:
-    """Reads the adapters of a checkpoint: of an alignment, or of a task that went on from one.
-
-    Raises:
-        ValueError: If there is no such file, or it holds no branches of a ``ModalityEncoder``.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint.")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    settings = content.get("hyper_parameters", {})
-    if isinstance(settings.get("aligned"), dict):  # where tasks after the alignment keep its settings
-        settings = {**settings, **settings["aligned"]}
-    if settings.get("text_side") is not None:  # trained without an alignment
-        settings = {"rank": 0, **settings}
-    base = content.get("base_fingerprint")
-    if base is None or "rank" not in settings:
-        raise ValueError(f"{path}: no branches of an encoder in it. Give a checkpoint of an alignment task.")
-    prefix = "encoder."
-    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    of_images, of_texts = (
-        {n: settings[n] for n in names if n in settings} for names in (IMAGE_SETTINGS, TEXT_SETTINGS)
-    )
-    return Branches(Path(path), settings, of_images, of_texts, state, base)
-
-
-def newest_checkpoint(folder: str | Path) -> Path | None:
-    """Returns the newest ``checkpoints/last*.ckpt`` below a folder, None where there is none."""
-    return max(Path(folder).rglob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
-
-
 def second_stage(
     encoder: ImageEncoder,
     aligned: str | dict[str, Any] | None,
-    text_side: TextSide = "frozen",
+    text_side: TextSide | None = None,
     text_rank: int = 4,
     text_targets: Collection[str] = ("q", "v"),
     train_adapters: bool = False,
@@ -331,62 +270,51 @@ def second_stage(
     Args:
         encoder: The plain encoder that the alignment started from.
         aligned: Checkpoint of an ``AlignmentTask``, or a folder: the newest ``checkpoints/last.ckpt`` below it. None:
-            no branch of their own for generated images, which are taken as real. (Settings in place of a file rebuild
-            a task whose checkpoint holds the adapters itself.)
-        text_side: As ``ModalityEncoder``.
+            no branch of their own for generated images, which are taken as real. Settings (``rank``, ``alpha``,
+            ``targets``, ...) in place of a file: adapters that are new, or to be loaded.
+        text_side: As ``ModalityEncoder``; None where the task has no texts.
         text_rank: As ``ModalityEncoder``.
         text_targets: As ``ModalityEncoder``.
-        train_adapters: Train the adapters of the image tower further.
+        train_adapters: Train the adapters of the generated branch, too.
 
     Raises:
-        ValueError: If there is no such checkpoint, it was trained on another encoder, or nothing is to be trained.
+        ValueError: If there is no such checkpoint, it was trained on another encoder, it has no branch for generated
+            images or a text side that would be dropped, or nothing is to be trained.
     """
-    text = {"text_side": text_side, "text_rank": text_rank, "text_targets": text_targets}
+    text = {"text_side": text_side or "frozen", "text_rank": text_rank, "text_targets": text_targets}
     if train_adapters and aligned is None:
         raise ValueError("train_adapters needs aligned: without it there are no adapters.")
     if aligned is None or isinstance(aligned, dict):
         model = ModalityEncoder(encoder, **(aligned or {"rank": 0}), **cast(Any, text))
     else:
-        path = newest_checkpoint(aligned) if Path(aligned).is_dir() else Path(aligned)
-        if path is None:
-            raise ValueError(
-                f"aligned={aligned!r}: no checkpoints/last.ckpt below this folder. Run the alignment first."
-            )
-        recorded = read_branches(path)
-        recorded.check(encoder)
-        model = ModalityEncoder(encoder, **recorded.image_settings, **cast(Any, text))
-        names = {name.removeprefix("encoder."): name for name, _ in model.image_adapters()}
-        absent = sorted(names.keys() - recorded.state.keys())
-        if absent:
-            raise ValueError(f"{path}: lacks the adapters {absent[:4]}.")
-        model.load_state_dict({name: recorded.state[name] for name in names}, strict=False)
-    for _, parameter in model.image_adapters():
-        parameter.requires_grad_(train_adapters)
+        model = _as_aligned(encoder, aligned, text, has_texts=text_side is not None)
+    for name, parameter in model.image_adapters():
+        parameter.requires_grad_(train_adapters and not name.startswith("real_projection."))
     return model
 
 
-def build_encoder(settings: dict[str, Any], path: str | Path) -> ImageEncoder:
-    """Builds the plain encoder from the hyperparameters in a checkpoint, as the command line recorded them.
-
-    Raises:
-        ValueError: If they record none, or name a class that is no encoder.
-    """
-    recorded = settings.get("encoder")
-    if not isinstance(recorded, dict) or "class_path" not in recorded:
-        raise ValueError(f"{path}: it does not record its encoder (the task was built in Python). Pass encoder=.")
-    module, _, name = recorded["class_path"].rpartition(".")
-    found = getattr(importlib.import_module(module or "gmail_lightning.models"), name, None)
-    if found is None and not module:
-        found = {known.__name__: known for known in _subclasses(ImageEncoder)}.get(name)
-    if not isinstance(found, type) or not issubclass(found, ImageEncoder):
+def _as_aligned(encoder: ImageEncoder, aligned: str, text: dict[str, Any], has_texts: bool) -> ModalityEncoder:
+    if not isinstance(aligned, str):
+        raise ValueError(f"aligned={aligned!r}: give a string, which a checkpoint can record.")
+    path = newest_checkpoint(aligned) if Path(aligned).is_dir() else Path(aligned)
+    if path is None:
+        raise ValueError(f"aligned={aligned!r}: no checkpoints/last.ckpt below it. Run the alignment first.")
+    recorded = read_branches(path)
+    recorded.check(encoder)
+    model = ModalityEncoder(encoder, **recorded.image_settings, **text)
+    names = {name.removeprefix("encoder."): name for name, _ in model.image_adapters()}
+    if not names:
+        raise ValueError(f"{path}: no branch for generated images in it. Give the checkpoint of an alignment.")
+    if has_texts and recorded.text_settings.get("text_side") not in (None, "frozen"):
         raise ValueError(
-            f"{path}: encoder {recorded['class_path']!r} is no ImageEncoder. Import its module, or pass encoder=."
+            f"{path}: the text side that was trained there would be dropped. Give the checkpoint of the alignment; to "
+            "go on with that run, its own recipe and --ckpt_path."
         )
-    return found(**recorded.get("init_args", {}))
-
-
-def _subclasses(base: type[Any]) -> list[type[Any]]:
-    return [found for child in base.__subclasses__() for found in (child, *_subclasses(child))]
+    absent = sorted(names.keys() - recorded.state.keys())
+    if absent:
+        raise ValueError(f"{path}: lacks the adapters {absent[:4]}.")
+    model.load_state_dict({name: recorded.state[name] for name in names}, strict=False)
+    return model
 
 
 def _identity(width: int) -> nn.Linear:

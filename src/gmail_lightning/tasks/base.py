@@ -151,8 +151,8 @@ class BaseTask(SmallCheckpoints, ABC):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name not in trained]
         if stage != "predict":
             verb = "test" if stage == "test" else "val"
-            names = getattr(getattr(trainer, "datamodule", None), "eval_sets", {}).get(verb) or ["eval"]
-            for name in names:
+            sets = getattr(getattr(trainer, "datamodule", None), "eval_sets", None)
+            for name in ["eval"] if sets is None else sets.get(verb, []):
                 self.metrics[f"{verb}/{name}".replace(".", "_")] = nn.ModuleDict(self.build_metrics(name))
 
     def on_fit_start(self) -> None:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
@@ -48,7 +49,8 @@ class SmallCheckpoints(LightningModule):
 
     def _kept_keys(self) -> set[str]:
         """Keys of the state that a checkpoint holds."""
-        state = self.state_dict(keep_vars=True)
+        with torch.enable_grad():  # a parametrization's tensor says whether it trains only here, not in an evaluation
+            state = self.state_dict(keep_vars=True)
         trained = self._trained_buffers()
         return {k for k, v in state.items() if v.requires_grad or is_adapter_key(k) or k in trained}
 
@@ -105,6 +107,7 @@ class SmallCheckpoints(LightningModule):
                 f"The checkpoint does not fit {type(self).__name__}: missing {missing or 'nothing'}, unknown "
                 f"{unknown or 'nothing'}. Were rank, targets or projection changed?"
             )
+        self._refuse_other_settings(checkpoint.get("hyper_parameters", {}))
         recorded = checkpoint.get("base_fingerprint")
         if recorded is None:
             return
@@ -115,3 +118,17 @@ class SmallCheckpoints(LightningModule):
                 f"The checkpoint was trained on another frozen encoder: it has fingerprint "
                 f"{fingerprint_digest(recorded)}, this one {fingerprint_digest(found)}; they differ in {difference}."
             )
+
+    def _refuse_other_settings(self, hyperparameters: dict[str, Any]) -> None:
+        """Refuses settings of the branches that no tensor shows, such as ``alpha``: the features would be others."""
+        if not isinstance(self.encoder, ModalityEncoder):
+            return
+        aligned = hyperparameters.get("aligned")
+        recorded = {**hyperparameters, **(aligned if isinstance(aligned, dict) else {})}
+        for name, value in self.encoder.settings.items():
+            given = recorded.get(name, value)
+            if (list(given) if isinstance(given, tuple) else given) != value:
+                raise MisconfigurationException(
+                    f"The checkpoint was trained with {name}={given!r} of its branches, and here it is {value!r}. Give "
+                    "the settings, or the alignment, that it was trained with."
+                )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -17,10 +19,16 @@ from gmail_lightning.metrics import ZeroShotAccuracy
 from gmail_lightning.models import DualEncoder, ModalityEncoder
 from gmail_lightning.models.modality import second_stage
 from gmail_lightning.tasks.base import BaseTask, in_chunks
-from gmail_lightning.transforms.text import fill, prompt_templates
+from gmail_lightning.transforms.text import fill, given_templates
 from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality
 
 EVALUATION_PROMPTS = 1024  # encoded at once
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """The names of classes; those that several have, as ImageNet's two missiles, with the label behind them."""
+    count = Counter(names)
+    return [name if count[name] == 1 else f"{name} (label {label})" for label, name in enumerate(names)]
 
 
 class ClassificationTask(BaseTask):
@@ -37,8 +45,13 @@ class ClassificationTask(BaseTask):
     ) -> None:
         super().__init__(optimizer, scheduler, warmup_steps)
         self.eval_classes: dict[str, Classes] = {}  # by evaluation set
-        #: Accuracy of every class on real images, by evaluation set; NaN for a class without images.
-        self.class_accuracy: dict[str, dict[str, float]] = {}
+        #: Accuracy of every class on real images, by evaluation set; None for a class without images.
+        self.class_accuracy: dict[str, dict[str, float | None]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Forgets the classes of data that were evaluated before."""
+        self.eval_classes = {}
+        super().setup(stage)
 
     @abstractmethod
     def scores(self, batch: ImageTextBatch) -> Tensor:
@@ -86,7 +99,10 @@ class ClassificationTask(BaseTask):
             key = f"{stage}/{name}".replace(".", "_")
             if key in self.metrics and "accuracy" in self.results[key.removeprefix(f"{stage}/")]:
                 accuracy = cast(Any, self.metrics[key])["real"].per_class().tolist()
-                self.class_accuracy[name] = dict(zip(classes.names, accuracy, strict=True))
+                self.class_accuracy[name] = {
+                    one: None if math.isnan(value) else value
+                    for one, value in zip(distinct_names(classes.names), accuracy, strict=True)
+                }
 
 
 class ZeroShotClassificationTask(ClassificationTask):
@@ -105,7 +121,7 @@ class ZeroShotClassificationTask(ClassificationTask):
         text_rank: Rank of LoRA in the text tower.
         text_targets: Roles of its adapted matrices, of ``q k v out fc1 fc2``.
         train_adapters: Train the adapters of the generated branch further, too.
-        templates: Prompts in place of those of the data sets: the name of a published set, or templates.
+        templates: Prompts in place of those of the data sets: the name of a published set, one template, or several.
         max_logit_scale: Cap of the logit scale in the loss (CLIP, section 2.5).
         chunk_size: Encode images and prompts in chunks of this many, with the exact gradients of one batch.
         optimizer: See ``BaseTask``.
@@ -113,7 +129,7 @@ class ZeroShotClassificationTask(ClassificationTask):
         warmup_steps: See ``BaseTask``.
 
     Raises:
-        ValueError: As ``second_stage``, or if a template is malformed.
+        ValueError: As ``second_stage``, or if a template is malformed or there is none.
     """
 
     encoder: ModalityEncoder
@@ -136,10 +152,10 @@ class ZeroShotClassificationTask(ClassificationTask):
         super().__init__(optimizer, scheduler, warmup_steps)
         self.record_hyperparameters()
         self.encoder = second_stage(encoder, aligned, text_side, text_rank, text_targets, train_adapters)
-        self.templates = prompt_templates(templates) if isinstance(templates, str) else templates
-        if self.templates is not None:
-            for template in self.templates:
-                fill(template, "")
+        for name, parameter in self.encoder.named_parameters():
+            if name.endswith(".logit_bias"):  # of a SigLIP; a softmax does not change by it
+                parameter.requires_grad_(False)
+        self.templates = None if templates is None else given_templates(templates)
         self.max_logit_scale, self.chunk_size = max_logit_scale, chunk_size
         self._prompts = torch.empty(0)  # (templates, C, L) token ids of the training classes
         self._weights: dict[str, Tensor] = {}  # class embeddings (C, D) of the evaluation that is running
@@ -173,6 +189,11 @@ class ZeroShotClassificationTask(ClassificationTask):
         logits = self.encoder.logit_scale.clamp(max=self.max_logit_scale) * images @ classes.T
         loss = F.cross_entropy(logits, batch["label"])
         return {"loss": loss, "accuracy": (logits.argmax(dim=-1) == batch["label"]).float().mean()}
+
+    def _kept_keys(self) -> set[str]:
+        """Also the frozen logit bias where all else of the text side is trained: who loads that looks for all of it."""
+        bias = {key for key in self.state_dict() if key.endswith(".logit_bias")}
+        return super()._kept_keys() | (bias if self.encoder.text_side == "full" else set())
 
     def class_embeddings(self, classes: Classes) -> Tensor:
         """Embeddings of shape (C, D), unit norm, in float32."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
-from gmail_lightning.models.base import ROLES, ImageEncoder
+from gmail_lightning.models.base import DualEncoder, ImageEncoder
 from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
-from gmail_lightning.models.lora import plain_parameter
 from gmail_lightning.models.modality import ModalityEncoder
 from gmail_lightning.types import Modality
+
+#: What rounding to bf16 and another device leave of a feature: the smallest cosine, the largest change of the norm.
+COSINE, NORM = 0.999, 0.02
 
 
 def feature_record(encoder: ImageEncoder, modalities: Collection[Modality], layer: int | None) -> dict[str, Any]:
@@ -27,13 +31,15 @@ def feature_record(encoder: ImageEncoder, modalities: Collection[Modality], laye
 
     Returns:
         ``fingerprint`` of the plain tower, ``branches``: per modality a digest of what its branch adds to the tower,
-        None for nothing; ``layer`` and ``image_spec``.
+        None for nothing; ``layer`` and ``image_spec``; ``probe``: per modality the features (D,) of a fixed image, of
+        tokens (T, W) their mean (W,), for all weights that are not in the matrices of the fingerprint.
     """
     return {
         "fingerprint": fingerprint(encoder, ("image",)),
         "branches": {which.name.lower(): _digest(encoder, which, layer) for which in sorted(modalities)},
         "layer": layer,
         "image_spec": {**asdict(encoder.image_spec), "size": list(encoder.image_spec.size)},
+        "probe": {which.name.lower(): _probe(encoder, which, layer) for which in sorted(modalities)},
     }
 
 
@@ -51,9 +57,9 @@ def refuse_other_features(
     Raises:
         MisconfigurationException: Naming the store and the difference.
     """
+    own = feature_record(encoder, {Modality[name.upper()] for store in stores for name in store["branches"]}, layer)
     for store in stores:
-        modalities = [Modality[name.upper()] for name in store["branches"]]
-        own, where = feature_record(encoder, modalities, layer), f"{store['path']} cannot be used here: "
+        where = f"{store['path']} cannot be used here: "
         difference = fingerprint_difference(store["fingerprint"], own["fingerprint"])
         if difference is not None:
             raise MisconfigurationException(
@@ -66,9 +72,8 @@ def refuse_other_features(
                 raise MisconfigurationException(
                     f"{where}it was written with {name} {store[name]}, and {own[name]} is needed. Write another."
                 )
-        for which in modalities:
-            name = which.name.lower()
-            if trains and _changes(encoder, which, layer):
+        for name in store["branches"]:
+            if trains and _changes(encoder, Modality[name.upper()], layer):
                 raise MisconfigurationException(
                     f"{where}it holds {name} images, and this run trains the branch that makes their features. Give "
                     "their pixels: the data set without its store."
@@ -78,6 +83,45 @@ def refuse_other_features(
                     f"{where}the features of its {name} images are of the branch {_say(store['branches'][name])}, and "
                     f"this encoder has {_say(own['branches'][name])}. Write a store with the same aligned=."
                 )
+            difference = probe_difference(store["probe"][name], own["probe"][name])
+            if difference is not None:
+                raise MisconfigurationException(
+                    f"{where}its features are of another encoder. The {name} features of a fixed image {difference}; "
+                    "the matrices of the blocks agree, so it is the patch or position embedding, a norm, a bias or the "
+                    "projection. Write a store for this encoder."
+                )
+
+
+def probe_difference(first: Sequence[float], second: Sequence[float]) -> str | None:
+    """Says how the features of the fixed image differ beyond rounding; None if they do not."""
+    if len(first) != len(second):
+        return f"have width {len(first)} there and {len(second)} here"
+    a, b = torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
+    cosine, ratio = float(a @ b / (a.norm() * b.norm())), float(b.norm() / a.norm())
+    if cosine >= COSINE and abs(math.log(ratio)) <= NORM:
+        return None
+    return f"have cosine {cosine:.4f} between there and here, and {ratio:.4g} times the norm here"
+
+
+def _probe(encoder: ImageEncoder, which: Modality, layer: int | None) -> list[float]:
+    """Features of a fixed image, in eval mode and without autocast, to six digits."""
+    height, width = encoder.image_spec.size
+    # Of faint texture: a strong one hides the scale of the patch embedding behind the norm that follows it.
+    pixels = 0.5 + 0.1 * torch.arange(3 * height * width, dtype=torch.float64).cos()
+    image = pixels.view(1, 3, height, width).to(encoder.get_buffer("pixel_mean"))
+    branch = {"modality": torch.tensor([which], device=image.device)} if isinstance(encoder, ModalityEncoder) else {}
+    training = [module for module in encoder.modules() if module.training]
+    encoder.eval()
+    try:
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            if layer is None:
+                features = encoder.encode_image(image, **branch)
+            else:
+                features = encoder.image_tokens(image, layer=layer, **cast(Any, branch))
+    finally:
+        for module in training:
+            module.training = True
+    return [float(f"{value:.6g}") for value in features.double().flatten(0, -2).mean(dim=0).tolist()]
 
 
 def _say(digest: str | None) -> str:
@@ -95,8 +139,19 @@ def _branch(encoder: ImageEncoder, which: Modality, layer: int | None) -> dict[s
 
 
 def _changes(encoder: ImageEncoder, which: Modality, layer: int | None) -> bool:
-    matrices = [plain_parameter(t.module, t.parameter) for t in encoder.lora_targets(ROLES, "image")]
-    return any(value.requires_grad for value in [*matrices, *_branch(encoder, which, layer).values()])
+    """Whether the run trains what makes the features: the branch of the modality, or the tower below it."""
+    plain = encoder.encoder if isinstance(encoder, ModalityEncoder) else encoder
+    tower = [value for name, value in plain.named_parameters() if not name.startswith("lora.")]
+    return any(v.requires_grad for v in [*_without_text(plain, tower), *_branch(encoder, which, layer).values()])
+
+
+def _without_text(encoder: ImageEncoder, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of the image tower; all where the encoder does not say which are of the text tower."""
+    try:
+        text = {id(value) for value in encoder.text_parameters()} if isinstance(encoder, DualEncoder) else set()
+    except NotImplementedError:
+        text = set()
+    return [value for value in parameters if id(value) not in text]
 
 
 def _digest(encoder: ImageEncoder, which: Modality, layer: int | None) -> str | None:

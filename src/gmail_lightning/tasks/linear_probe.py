@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -65,10 +66,16 @@ class LinearProbeTask(ClassificationTask):
         """Builds the head for the training classes; a checkpoint that is loaded later brings its own."""
         if stage == "fit":
             self._build_head(self.classes_of(None).names)
-        elif stage in ("validate", "test") and self.head is None:
-            sets = self.trainer.datamodule.eval_sets["test" if stage == "test" else "val"]  # type: ignore[attr-defined]
-            self._build_head(self.classes_of(sets[0]).names)
-            self._head_is_new = True
+        elif stage in ("validate", "test"):
+            verb = "test" if stage == "test" else "val"
+            sets = getattr(getattr(self.trainer, "datamodule", None), "eval_sets", {verb: ["eval"]}).get(verb)
+            if not sets:
+                raise MisconfigurationException(
+                    f"Nothing to evaluate: the data module has no evaluation sets. Give it some under {verb}."
+                )
+            if self.head is None or self._head_is_new:
+                self._build_head(self.classes_of(sets[0]).names)
+                self._head_is_new = True
         super().setup(stage)
 
     def _build_head(self, class_names: list[str]) -> None:
@@ -100,21 +107,53 @@ class LinearProbeTask(ClassificationTask):
         logits, label = self.logits(batch), batch["label"]
         return {"loss": F.cross_entropy(logits, label), "accuracy": (logits.argmax(-1) == label).float().mean()}
 
-    def scores(self, batch: ImageTextBatch) -> Tensor:
-        """The head's scores for the classes of the batch's set.
+    def on_fit_start(self) -> None:
+        """Compares the classes of every evaluation set with those of the head, which is restored by now."""
+        super().on_fit_start()
+        self._check_classes()
+
+    def on_validation_start(self) -> None:
+        """As ``on_fit_start``."""
+        super().on_validation_start()
+        self._check_classes()
+
+    def on_test_start(self) -> None:
+        """As ``on_fit_start``."""
+        super().on_test_start()
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        for eval_set in self.eval_classes:
+            self._columns(eval_set)
+
+    def _columns(self, eval_set: str) -> list[int] | None:
+        """Columns of the head for the classes of an evaluation set; None where they are the head's own.
 
         Raises:
-            MisconfigurationException: If the head was not trained on one of them.
+            MisconfigurationException: If the head was not trained on one of them, or its name stands for several.
         """
-        column = {name: number for number, name in enumerate(self.class_names)}
-        names = self.eval_classes[batch["eval_set"]].names
+        names = self.eval_classes[eval_set].names
+        if names == self.class_names:
+            return None
+        count, column = Counter(self.class_names), {name: number for number, name in enumerate(self.class_names)}
         unknown = [name for name in names if name not in column]
         if unknown:
             raise MisconfigurationException(
-                f"{batch['eval_set']}: the head was not trained on {len(unknown)} of its {len(names)} classes, such as "
+                f"{eval_set}: the probe was not trained on {len(unknown)} of {len(names)} classes, the first is "
                 f"{unknown[0]!r}. The class names of training and evaluation data must match."
             )
-        return self.logits(batch)[:, [column[name] for name in names]]
+        twice = [name for name, times in Counter(names).items() if times > 1 or count[name] > 1]
+        if twice:
+            raise MisconfigurationException(
+                f"{eval_set}: the classes are not those of the training data in the same order, and {twice[0]!r} is "
+                "the name of several, so that it is not known which is which. Give class_names without duplicates."
+            )
+        return [column[name] for name in names]
+
+    def scores(self, batch: ImageTextBatch) -> Tensor:
+        """The head's scores for the classes of the batch's set; see ``_columns``."""
+        logits, columns = self.logits(batch), self._columns(batch["eval_set"])
+        return logits if columns is None else logits[:, columns]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the names of the classes."""

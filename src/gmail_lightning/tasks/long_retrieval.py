@@ -16,7 +16,7 @@ from gmail_lightning.metrics import TruncatedTexts
 from gmail_lightning.models import DualEncoder
 from gmail_lightning.models.long_text import is_cut
 from gmail_lightning.tasks.retrieval import RetrievalTask, update_recall
-from gmail_lightning.types import ImageTextBatch, InputSpec, TextSpec
+from gmail_lightning.types import ImageTextBatch, InputSpec, Modality, TextSpec
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class LongRetrievalTask(RetrievalTask):
     Two terms, both with smoothed labels: images against their long captions, and images reduced to the principal
     components of the batch, which is coarse, against the first sentences of the captions, which are coarse too. Rows
     of the same image are never negatives of one another. Give the encoder a context that holds the captions: where it
-    does not, they are cut, and evaluation says how many (``truncated``, ``num_truncated``). Evaluation is that of
-    ``RetrievalTask`` on the long captions.
+    does not, they are cut, and evaluation says how many (``truncated``, ``num_truncated``; with ``generated_`` those of
+    generated images). Evaluation is that of ``RetrievalTask`` on the long captions.
 
     Args:
         encoder: As ``RetrievalTask``; without logit bias.
@@ -126,12 +126,16 @@ class LongRetrievalTask(RetrievalTask):
         return {"loss": total, "long": long_loss, "short": short_loss, "logit_scale": scale}
 
     def build_metrics(self, eval_set: str) -> dict[str, Metric]:
-        """Recall both ways, of each modality, and the captions that are cut."""
-        return {**super().build_metrics(eval_set), "truncated": TruncatedTexts()}
+        """Recall both ways, and the captions that are cut, of each modality."""
+        cut = {"truncated": TruncatedTexts(), "generated_truncated": TruncatedTexts(prefix="generated_")}
+        return {**super().build_metrics(eval_set), **cut}
 
     def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
         """Adds images and all their long captions."""
         text_features = self.encoder.encode_text(batch["long_text"])
         update_recall(metrics, self.encode_images(batch), text_features, batch, "long_text")
         captions = [caption for captions in batch["references"] for caption in captions]
-        metrics["truncated"].update(is_cut(self.encoder.text_spec, captions))
+        generated = batch["modality"][batch["long_text_row"]] == Modality.GENERATED
+        cut = is_cut(self.encoder.text_spec, captions).to(generated.device)
+        metrics["truncated"].update(cut[~generated])
+        metrics["generated_truncated"].update(cut[generated])

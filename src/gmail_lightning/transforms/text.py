@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -45,6 +46,24 @@ def prompt_class_names(name: str) -> list[str]:
     return list(_published(name)["classes"])
 
 
+def given_templates(templates: str | Sequence[str]) -> list[str]:
+    """Returns the prompts that a user gives, each with one ``{}`` for the class.
+
+    Args:
+        templates: Prompts, a single one, or the name of a published set as in :func:`prompt_templates`.
+
+    Raises:
+        ValueError: If there are none, one has not exactly one ``{}``, or no prompts are known by this name.
+    """
+    if isinstance(templates, str):
+        templates = [templates] if "{}" in templates else prompt_templates(templates)
+    if not templates:
+        raise ValueError("templates is empty: give at least one prompt, such as 'a photo of a {}.'")
+    for template in templates:
+        fill(template, "")  # complains now, not in a worker
+    return list(templates)
+
+
 def fill(template: str, class_name: str) -> str:
     """Puts the name of a class into a prompt.
 
@@ -58,7 +77,10 @@ def fill(template: str, class_name: str) -> str:
 
 def _published(name: str) -> dict[str, Any]:
     if name not in FILES:
-        raise ValueError(f"No published prompts for {name!r}. Known: imagenet, {', '.join(FILES)}.")
+        raise ValueError(
+            f"No published prompts for {name!r}. Known: imagenet, {', '.join(FILES)}. A prompt of one's own has {{}} "
+            "where the name of the class goes."
+        )
     file = resources.files("gmail_lightning.transforms").joinpath("prompts", f"{name}.json")
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content
