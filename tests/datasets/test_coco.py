@@ -171,6 +171,9 @@ def test_the_first_captions_of_each_image(tmp_path: Path) -> None:
     data = CocoCaptions(path, tmp_path, captions_per_image=2)
     assert data.pair_id.tolist() == [30, 20, 10, 31, 21, 11]
     assert len(CocoCaptions(path, tmp_path, captions_per_image=9)) == 18
+    for wrong in (0, -2):
+        with pytest.raises(ValueError, match=f"captions_per_image={wrong}: give at least 1"):
+            CocoCaptions(path, tmp_path, captions_per_image=wrong)
 
 
 def small(monkeypatch: pytest.MonkeyPatch, name: str, images: int, captions: int) -> None:

@@ -234,7 +234,8 @@ def test_the_same_encoder_is_accepted_however_it_rounds(tmp_path: Path, layer: i
     stores = [{**json.loads(json.dumps(record)), "path": "a"}]
     anew = tiny(seed=1)
     anew.load_state_dict(torch.load(tmp_path / "weights.pt"))
-    assert feature_record(anew, [Modality.REAL], layer)["probe"] == record["probe"]
+    found = feature_record(anew, [Modality.REAL], layer)["probe"]["real"]
+    assert found == pytest.approx(record["probe"]["real"], rel=1e-4, abs=1e-5)
     for same in (anew, AlignmentTask(tiny()).encoder, tiny().bfloat16()):
         refuse_other_features(same, stores, layer, trains=False)
 
@@ -249,6 +250,13 @@ def test_the_fixed_image_is_encoded_in_eval_mode_and_without_autocast() -> None:
     image = (torch.arange(3 * 32 * 32, dtype=torch.float64).cos() / 10 + 0.5).float().view(1, 3, 32, 32)
     expected = dropping.eval().encode_image(image)[0]
     torch.testing.assert_close(torch.tensor(features), expected, rtol=1e-5, atol=1e-6)
+
+    two_branches = ModalityEncoder(tiny(), projection=True)
+    torch.nn.init.normal_(two_branches.generated_projection.weight)
+    features = feature_record(two_branches, list(Modality), None)["probe"]
+    for which in Modality:
+        expected = two_branches.encode_image(image, torch.tensor([which]))[0].detach()
+        torch.testing.assert_close(torch.tensor(features[which.name.lower()]), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["proj", "conv1.weight", "ln_post.bias", "positional_embedding"])

@@ -85,6 +85,8 @@ class ManifestDataset(ImageTextDataset):
             self.modality = self._read_modality(columns["modality"])
         else:
             self.modality = constant_modality(modality, length)
+        if (self.modality == Modality.GENERATED).any():
+            self.place = folder_space(self.path if self._holds_bytes else self.image_root)
         if "image_id" in columns:
             self._refuse(columns["image_id"].is_null(), "image_id is empty. Fill it in, or leave the column out")
             self.image_id = _ids(columns["image_id"])

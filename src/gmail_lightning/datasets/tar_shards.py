@@ -20,6 +20,7 @@ from gmail_lightning.datasets.base import (
     ModalityName,
     constant_modality,
     decode_image,
+    folder_space,
     one_line,
 )
 from gmail_lightning.datasets.shards import MANIFEST, PLAN, RECIPE, SCHEMA, ShardStore
@@ -121,6 +122,7 @@ class TarShards(ImageTextDataset):
         if self.is_store:  # ids are those of the captions' data sets; several spaces are like no other
             recipe = ShardStore(self.folder).read_recipe() or {}
             self.id_space = " + ".join(recipe.get("id_spaces", [""]))
+            self.place = folder_space(self.folder)
 
     def _check_split(self, rows: pa.RecordBatch, split: str | None) -> None:
         known = sorted(pc.unique(rows["split"].cast(pa.string())).to_pylist(), key=str)
