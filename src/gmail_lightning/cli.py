@@ -146,7 +146,7 @@ class GmailCLI(LightningCLI):
         given = [*callbacks, *(configured if isinstance(configured, list) else [configured])]
         if self.subcommand == "predict" and not (_has(given, DatasetWriter) or _has(given, FeatureWriter)):
             callbacks.append(PredictionWriter())
-        if self.subcommand in ("validate", "test") and not _has(given, ResultsWriter):
+        if self.subcommand in ("fit", "validate", "test") and not _has(given, ResultsWriter):
             callbacks.append(ResultsWriter())
         if config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else SparseProgress())

@@ -46,4 +46,5 @@ class WarmupCosine(LambdaLR):
             within = 1.0 if progress == 1.0 else progress * cycles % 1.0
             return 0.5 * (1.0 + math.cos(math.pi * within))
 
+        self.max_steps = max_steps
         super().__init__(optimizer, factor)

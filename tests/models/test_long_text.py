@@ -56,7 +56,7 @@ def test_the_table_is_interpolated_as_published(rows: int, length: int, keep: in
 @pytest.mark.parametrize(
     ("length", "keep", "match"),
     [
-        (250, 20, "57 positions behind the first 20 .* Give 77, 134, 191, 248"),
+        (250, 20, "57 positions behind the first 20 .* Give 248, 305 or"),
         (20, 20, "length=20"),
         (248, 76, "at least two"),
         (248, -1, "at least two"),

@@ -9,10 +9,16 @@ from typing import Any, cast
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
+from gmail_lightning.callbacks.modality_gap import ModalityGapReport
 from gmail_lightning.tasks import BaseTask
 
 Results = dict[str, dict[str, float]]  # value by evaluation set and name
+
+
+def _all(trainer: Trainer) -> list[Callback]:
+    return cast(list[Callback], cast(Any, trainer).callbacks)
 
 
 class CollapseError(RuntimeError):
@@ -37,6 +43,26 @@ class ResultsWriter(Callback):
                 self.before = {name: dict(values) for name, values in cast(BaseTask, pl_module).results.items()}
         else:
             self._write(trainer, cast(BaseTask, pl_module))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows the values of the real images, and where all are."""
+        results = cast(BaseTask, pl_module).results
+        if (
+            cast(Any, trainer).fast_dev_run
+            or not results
+            or any(isinstance(c, ModalityGapReport) for c in _all(trainer))
+        ):
+            return
+        lines = []
+        for name, values in results.items():
+            shown = {key: value for key, value in values.items() if not key.startswith(("generated_", "num_"))}
+            before = self.before.get(name, {})
+            lines += ["", f"{name:<28}{'before':>9}{'after':>9}" if before else f"{name:<28}"]
+            lines += [
+                f"  {k:<26}" + (f"{before[k]:>9.3f}" if k in before else "") + f"{v:>9.3f}" for k, v in shown.items()
+            ]
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        rank_zero_info("\n".join([*lines, f"All values: {folder / 'results.json'}"]))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the values."""

@@ -45,10 +45,10 @@ def stretch_positional_embedding(weight: Tensor, length: int = LONG, keep: int =
         raise ValueError(f"keep={keep} of {len(weight)} positions: at least two must be left to interpolate.")
     factor, remainder = divmod(length - keep, len(rest))
     if remainder or factor < 1:
-        lengths = ", ".join(str(keep + f * len(rest)) for f in (1, 2, 3, 4))
+        lengths = ", ".join(str(keep + f * len(rest)) for f in (max(factor, 1), max(factor, 1) + 1))
         raise ValueError(
             f"length={length}: the {len(rest)} positions behind the first {keep} must fit a whole number of times. "
-            f"Give {lengths}, ..., or another keep."
+            f"Give {lengths} or the like."
         )
     step = torch.arange(factor, device=weight.device).to(weight.dtype)[:, None] / factor  # (f, 1)
     following = torch.cat([rest[1:], 2 * rest[-1:] - rest[-2:-1]])

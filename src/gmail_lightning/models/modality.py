@@ -212,7 +212,7 @@ class ModalityEncoder(DualEncoder):
         trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         return (
             f"Real images: {self.real_path} path. Generated images: {generated}. Text side: {self.text_side}. "
-            f"{trained:,} parameters are trained."
+            f"{trained:,} parameters of the encoder are trained."
         )
 
     @property

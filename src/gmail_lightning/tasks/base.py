@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -284,6 +284,11 @@ class BaseTask(SmallCheckpoints, ABC):
         optimizer = build(groups)
         if self.scheduler is not None:
             schedule = self.scheduler(optimizer)
+            length, steps = getattr(schedule, "max_steps", None), self.trainer.max_steps
+            if length is not None and steps > 0 and length != steps:
+                rank_zero_warn(
+                    f"The schedule is {length} steps long and the run {steps}: set both (scheduler.max_steps)."
+                )
         elif self.trainer.max_steps > 0:
             schedule = WarmupCosine(optimizer, self.trainer.max_steps, self.warmup_steps)
         elif self.warmup_steps:

@@ -121,11 +121,12 @@ class SmallCheckpoints(LightningModule):
 
     def _refuse_other_settings(self, hyperparameters: dict[str, Any]) -> None:
         """Refuses settings of the branches that no tensor shows, such as ``alpha``: the features would be others."""
-        if not isinstance(self.encoder, ModalityEncoder):
+        encoder = getattr(self, "encoder", None)
+        if not isinstance(encoder, ModalityEncoder):
             return
         aligned = hyperparameters.get("aligned")
         recorded = {**hyperparameters, **(aligned if isinstance(aligned, dict) else {})}
-        for name, value in self.encoder.settings.items():
+        for name, value in encoder.settings.items():
             given = recorded.get(name, value)
             if (list(given) if isinstance(given, tuple) else given) != value:
                 raise MisconfigurationException(

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -171,6 +172,12 @@ class ZeroShotClassificationTask(ClassificationTask):
             classes = self.classes_of(None)
             self._prompts = torch.stack([self._tokens(classes, template) for template in classes.templates])
         super().setup(stage)
+        for name, evaluated in self.eval_classes.items() if stage == "fit" else ():
+            unseen = [each for each in evaluated.names if each not in classes.names]
+            if unseen:
+                rank_zero_info(
+                    f"{name}: {len(unseen)} of {len(evaluated.names)} classes are not trained: {unseen[:3]}."
+                )
 
     def classes_of(self, eval_set: str | None) -> Classes:
         """As the data module names them, with the templates given here."""
