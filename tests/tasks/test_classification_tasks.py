@@ -1,6 +1,7 @@
 """Zero-shot classification and linear probes against formulas, and an end to runs that destroy their score."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,19 @@ def test_templates_given_to_the_task_replace_those_of_the_data(fitted) -> None:
         ZeroShotClassificationTask(tiny_encoder(), templates=["a photo"])
     with pytest.raises(ValueError, match="templates is empty"):
         ZeroShotClassificationTask(tiny_encoder(), templates=[])
+
+
+def test_classes_of_an_evaluation_that_are_not_trained_are_told(fitted, caplog) -> None:
+    told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    told.addHandler(caplog.handler)
+    data = emoji_data("group")
+    names = data.classes().names
+    for dataset in data.datasets["train"]:
+        dataset.class_names = ["another", *names[1:]]
+    data.evaluation["val"]["novel"] = [EmojiDataset("noto", "novel")]
+    fitted(ZeroShotClassificationTask(tiny_encoder()), data)
+    told.removeHandler(caplog.handler)
+    assert f"novel: 1 of 9 classes are not trained: {names[:1]}." in [r.getMessage() for r in caplog.records]
 
 
 def test_class_lists_that_do_not_match_are_refused(fitted, tmp_path) -> None:

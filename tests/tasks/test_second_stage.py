@@ -1,6 +1,7 @@
 """Tasks that follow an alignment: the branch they take over, what they train, and what their checkpoints hold."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
 from gmail_lightning.main import main
 from gmail_lightning.models import ModalityEncoder, stretch_context, stretch_positional_embedding
+from gmail_lightning.optim import WarmupCosine
 from gmail_lightning.tasks import LinearProbeTask, RetrievalTask, ZeroShotClassificationTask
 
 MODALITY = torch.tensor([0, 1, 1, 0, 1])
@@ -198,15 +200,24 @@ def test_the_command_line_needs_no_file_of_the_alignment_again(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("recipe", ["retrieval", "zeroshot", "linear_probe"])
-def test_the_embedded_recipes_train_evaluate_and_reload(recipe, tmp_path, monkeypatch) -> None:
+def test_the_embedded_recipes_train_evaluate_and_reload(recipe, tmp_path, monkeypatch, caplog) -> None:
     """From the command line: two steps, both evaluations in results.json, and a test of the checkpoint."""
     monkeypatch.chdir(tmp_path)
+    told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    told.addHandler(caplog.handler)
     config = ["--config", f"{Path(__file__).parents[2]}/recipes/emoji/{recipe}.yaml", "--data.init_args.num_workers=0"]
     config += ["--model.init_args.aligned=null", "--data.init_args.batch_size=16"]
     limits = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
     guard = [] if recipe != "zeroshot" else ["--trainer.callbacks=[ResultsWriter]"]  # two steps prove nothing
     assert main(["fit", *config, *limits, *guard, f"--trainer.default_root_dir={tmp_path}/run"]) == 0
+    told.removeHandler(caplog.handler)
     content = json.loads((tmp_path / "run" / "results.json").read_text())
+    shown = caplog.records[-1].getMessage().splitlines()  # name, before, after of the real images, then the file
+    assert shown[-1] == f"All values: {tmp_path / 'run' / 'results.json'}"
+    key = "i2t_R@5" if recipe == "retrieval" else "mean_per_class"
+    values = [content[when]["novel"][key] for when in ("before", "results")]
+    assert f"  {key:<26}{values[0]:>9.3f}{values[1]:>9.3f}" in shown
+    assert not any("generated_" in line for line in shown)
     assert content["step"] == 2
     assert content["before"].keys() == content["results"].keys() == {"novel", "paired"}
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -217,3 +228,14 @@ def test_the_embedded_recipes_train_evaluate_and_reload(recipe, tmp_path, monkey
     # the same rows, and the weights of the last step
     assert tested["results"]["novel"] == pytest.approx(content["results"]["novel"], abs=1e-6)
     assert ("classes" in tested) == (recipe != "retrieval")
+
+
+def test_a_schedule_of_another_length_than_the_run_is_told(fitted, recwarn) -> None:
+    def run(length: int) -> list[str]:
+        recwarn.clear()
+        task = LinearProbeTask(tiny_encoder(), scheduler=lambda optimizer: WarmupCosine(optimizer, length))
+        fitted(task, emoji_data(), steps=1)
+        return [str(warning.message) for warning in recwarn if "The schedule is" in str(warning.message)]
+
+    assert run(50) == ["The schedule is 50 steps long and the run 1: set both (scheduler.max_steps)."]
+    assert run(1) == []

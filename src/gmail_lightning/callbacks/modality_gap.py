@@ -35,6 +35,19 @@ TABLE = {
 Pairs = tuple[Tensor, Tensor]  # generated and real features, (N, D) each, unit norm
 
 
+def require_validation_before(callback: Callback, trainer: Trainer) -> None:
+    """Refuses a fit whose sets are not validated as a whole before the first step, for what compares with that.
+
+    Raises:
+        MisconfigurationException: If ``trainer.num_sanity_val_steps`` is not -1.
+    """
+    if not cast(Any, trainer).fast_dev_run and trainer.num_sanity_val_steps != float("inf"):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} compares with the state before training: set trainer.num_sanity_val_steps=-1 "
+            f"(got {trainer.num_sanity_val_steps}), or drop the callback."
+        )
+
+
 class ModalityGapReport(Callback):
     """Compares the validation before training with the last one; needs ``num_sanity_val_steps: -1``.
 
@@ -58,11 +71,8 @@ class ModalityGapReport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a run without validation before the first step."""
-        if stage == "fit" and not cast(Any, trainer).fast_dev_run and trainer.num_sanity_val_steps != float("inf"):
-            raise MisconfigurationException(
-                f"ModalityGapReport compares with the state before training: set trainer.num_sanity_val_steps=-1 "
-                f"(got {trainer.num_sanity_val_steps}), or drop the callback."
-            )
+        if stage == "fit":
+            require_validation_before(self, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Asks for the run folder, which is a collective, on every rank."""

@@ -11,14 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from gmail_lightning.callbacks.modality_gap import ModalityGapReport
+from gmail_lightning.callbacks.modality_gap import ModalityGapReport, require_validation_before
 from gmail_lightning.tasks import BaseTask
 
 Results = dict[str, dict[str, float]]  # value by evaluation set and name
-
-
-def _all(trainer: Trainer) -> list[Callback]:
-    return cast(list[Callback], cast(Any, trainer).callbacks)
 
 
 class CollapseError(RuntimeError):
@@ -46,12 +42,9 @@ class ResultsWriter(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the values of the real images, and where all are."""
-        results = cast(BaseTask, pl_module).results
-        if (
-            cast(Any, trainer).fast_dev_run
-            or not results
-            or any(isinstance(c, ModalityGapReport) for c in _all(trainer))
-        ):
+        results, running = cast(BaseTask, pl_module).results, cast(Any, trainer)
+        shown_elsewhere = any(isinstance(callback, ModalityGapReport) for callback in running.callbacks)
+        if running.fast_dev_run or not results or shown_elsewhere:
             return
         lines = []
         for name, values in results.items():
@@ -117,11 +110,8 @@ class CollapseGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a run without validation before the first step."""
-        if stage == "fit" and not cast(Any, trainer).fast_dev_run and trainer.num_sanity_val_steps != float("inf"):
-            raise MisconfigurationException(
-                "CollapseGuard compares with the state before training: set trainer.num_sanity_val_steps=-1 "
-                f"(got {trainer.num_sanity_val_steps}), or drop the callback."
-            )
+        if stage == "fit":
+            require_validation_before(self, trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compares with the state before training."""
@@ -138,7 +128,7 @@ class CollapseGuard(Callback):
                 f"{name}/{self.metric} fell from {self.before:.3f} before training to {score:.3f} at step "
                 f"{trainer.global_step}, below what CollapseGuard(max_drop={self.max_drop}) keeps. "
                 "Training destroys what the encoder knew: lower the learning rate, train less of it "
-                "(text_side: lora or projection), or stop earlier. The last checkpoint of the run is kept."
+                "(text_side: lora or projection), or stop earlier. What was saved before is kept."
             )
 
     def state_dict(self) -> dict[str, Any]:
