@@ -1,6 +1,6 @@
 """Encoders, and the adaptation that gives one tower two branches; heavy packages load in the constructors."""
 
-from gmail_lightning.models.base import DualEncoder, GeneratedImages, ImageEncoder, ImageGenerator, LoRATarget
+from gmail_lightning.models.base import Captioner, DualEncoder, GeneratedImages, ImageEncoder, ImageGenerator, LoRATarget
 from gmail_lightning.models.diffusion import DiffusersGenerator
 from gmail_lightning.models.hf_clip import HFCLIPEncoder
 from gmail_lightning.models.long_text import stretch_context, stretch_positional_embedding
@@ -9,6 +9,7 @@ from gmail_lightning.models.modality import ModalityEncoder
 from gmail_lightning.models.open_clip import OpenCLIPEncoder
 
 __all__ = [
+    "Captioner",
     "DiffusersGenerator",
     "DualEncoder",
     "GeneratedImages",

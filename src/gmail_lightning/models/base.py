@@ -147,3 +147,54 @@ class ImageGenerator(nn.Module, ABC):
     def truncated(self, captions: list[str]) -> list[bool]:
         """Whether the text encoder cuts each caption, length B."""
         return [False] * len(captions)
+
+
+class Captioner(nn.Module, ABC):
+    """A model that writes captions for image features. It takes what an image encoder gives, never pixels."""
+
+    #: True once the weights are more than a random initialisation; evaluation refuses a captioner without.
+    pretrained: bool = False
+    #: Block of the encoder whose patch tokens are read (``image_tokens``); None reads the pooled features.
+    feature_layer: int | None = None
+    #: Width of the features or tokens that are read; None accepts any.
+    image_dim: int | None = None
+
+    @abstractmethod
+    def loss(
+        self,
+        image_features: Tensor,
+        captions: list[str],
+        questions: list[str] | None = None,
+        *,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """Mean negative log-likelihood of the tokens of the captions, a scalar; see ``losses.caption_loss``.
+
+        Args:
+            image_features: Shape (B, D), or (B, T, W) of patch tokens where ``feature_layer`` is set.
+            captions: B texts to be written.
+            questions: B texts that they answer; a captioner that knows none refuses them.
+            weight: Of each row, shape (B,).
+            label_smoothing: Share of the target spread over the vocabulary.
+        """
+
+    @abstractmethod
+    def generate(
+        self,
+        image_features: Tensor,
+        questions: list[str] | None = None,
+        *,
+        num_beams: int = 5,
+        max_new_tokens: int = 67,
+        length_penalty: float = 1.0,
+    ) -> list[str]:
+        """Writes B captions by beam search; the score of a caption is its log-probability / length ** length_penalty.
+
+        Args:
+            image_features: As ``loss``.
+            questions: As ``loss``.
+            num_beams: Width of the search; 1 is greedy.
+            max_new_tokens: At most so many tokens each.
+            length_penalty: 1 ranks by the mean log-probability of the tokens, 0 by their sum.
+        """
