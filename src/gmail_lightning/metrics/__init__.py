@@ -1,6 +1,7 @@
 """Metrics: functions first, thin ``torchmetrics`` classes around them."""
 
-from gmail_lightning.metrics.clip_score import CLIPScore, clip_score
+from gmail_lightning.metrics.caption_statistics import CaptionStatistics
+from gmail_lightning.metrics.clip_score import CLIPScore, RefCLIPScore, clip_score, ref_clip_score
 from gmail_lightning.metrics.modality_gap import ModalityGap, linear_probe_accuracy, modality_gap
 from gmail_lightning.metrics.repair import Repair, repair_pairs
 from gmail_lightning.metrics.retrieval import ImageTextRecall, image_text_recall
@@ -9,8 +10,10 @@ from gmail_lightning.metrics.zero_shot import ZeroShotAccuracy
 
 __all__ = [
     "CLIPScore",
+    "CaptionStatistics",
     "ImageTextRecall",
     "ModalityGap",
+    "RefCLIPScore",
     "Repair",
     "TruncatedTexts",
     "ZeroShotAccuracy",
@@ -18,5 +21,6 @@ __all__ = [
     "image_text_recall",
     "linear_probe_accuracy",
     "modality_gap",
+    "ref_clip_score",
     "repair_pairs",
 ]

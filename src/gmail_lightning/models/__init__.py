@@ -3,17 +3,21 @@
 from gmail_lightning.models.base import Captioner, DualEncoder, GeneratedImages, ImageEncoder, ImageGenerator, LoRATarget
 from gmail_lightning.models.diffusion import DiffusersGenerator
 from gmail_lightning.models.hf_clip import HFCLIPEncoder
+from gmail_lightning.models.hf_tower import HFImageEncoder
 from gmail_lightning.models.long_text import stretch_context, stretch_positional_embedding
 from gmail_lightning.models.lora import add_lora, merge_lora
 from gmail_lightning.models.modality import ModalityEncoder
 from gmail_lightning.models.open_clip import OpenCLIPEncoder
+from gmail_lightning.models.prefix_captioner import ClipCap
 
 __all__ = [
     "Captioner",
+    "ClipCap",
     "DiffusersGenerator",
     "DualEncoder",
     "GeneratedImages",
     "HFCLIPEncoder",
+    "HFImageEncoder",
     "ImageEncoder",
     "ImageGenerator",
     "LoRATarget",

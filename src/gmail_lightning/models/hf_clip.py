@@ -11,15 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gmail_lightning.models.base import DualEncoder, LoRATarget, Tower
+from gmail_lightning.models.hf_tower import ACTIVATIONS, OFFLINE, patch_tokens, pixel_settings, tower_layers, tower_size
 from gmail_lightning.models.lora import block_targets
 from gmail_lightning.types import ImageSpec, TextSpec
 
 _FAMILIES = ("clip", "siglip")
-_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
-_OFFLINE = (
-    "Without network, give a local folder, or fill the hub's cache beforehand; HF_HUB_OFFLINE=1 makes it fail at once "
-    "instead of retrying."
-)
 
 
 class HFCLIPEncoder(DualEncoder):
@@ -52,12 +48,12 @@ class HFCLIPEncoder(DualEncoder):
         self.model, self.config = built, settings
         self.pretrained = model is not None
         act = settings.vision_config.hidden_act
-        self.activation = _ACTIVATIONS.get(act, act)
+        self.activation = ACTIVATIONS.get(act, act)
         self._image_spec = ImageSpec(pixels["size"], pixels["resize_mode"], pixels["interpolation"])
         length = settings.text_config.max_position_embeddings
         self._text_spec = TextSpec(partial(_encode, words, context_length=length), length)
         if grad_checkpointing:  # transformers' own switch works in train mode only, and our tower is held in eval
-            for layer in (*_layers(built, "image"), *_layers(built, "text")):
+            for layer in (*tower_layers(built, "image"), *tower_layers(built, "text")):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     @property
@@ -120,20 +116,11 @@ class HFCLIPEncoder(DualEncoder):
 
         Blocks behind ``layer`` are not run.
         """
-        vision, layers = cast(Any, self.model.vision_model), _layers(self.model, "image")
-        if not -len(layers) <= layer < len(layers):
-            raise IndexError(f"layer={layer}: this tower has {len(layers)} blocks.")
-        hidden = vision.embeddings(self.normalize_pixels(image))
-        is_clip = self.config.model_type == "clip"
-        if is_clip:
-            hidden = vision.pre_layrnorm(hidden)
-        for block in layers[: layer % len(layers) + 1]:
-            hidden = block(hidden, None)
-        return cast(Tensor, hidden[:, 1:] if is_clip else hidden)
+        return patch_tokens(self.model, self.normalize_pixels(image), layer)
 
     def lora_targets(self, roles: Collection[str], tower: Tower = "image") -> list[LoRATarget]:
         """Lists the matrices of a tower that play the given roles, block by block."""
-        return block_targets(_layers(self.model, tower), roles)
+        return block_targets(tower_layers(self.model, tower), roles)
 
 
 def _load(
@@ -146,6 +133,7 @@ def _load(
         if settings.model_type not in _FAMILIES:
             raise ValueError(
                 f"{model or 'config'} is a {settings.model_type} model; known families: {', '.join(_FAMILIES)}."
+                + (" HFImageEncoder takes the image tower of a LLaVA." if settings.model_type == "llava" else "")
             )
         if model is None:
             built, pixels = AutoModel.from_config(settings, dtype=torch.float32), _usual_pixels(settings)
@@ -156,17 +144,12 @@ def _load(
                 raise ValueError(
                     f"{model} lacks {len(missing)} weights: {', '.join(missing[:4])}. Give a whole dual encoder."
                 )
-            pixels = _pixels(settings, AutoImageProcessor.from_pretrained(model))
+            pixels = pixel_settings(settings, AutoImageProcessor.from_pretrained(model))
         words = AutoTokenizer.from_pretrained(tokenizer)
     except OSError as error:
-        raise RuntimeError(f"{model or tokenizer} did not load: {error} {_OFFLINE}") from error
+        raise RuntimeError(f"{model or tokenizer} did not load: {error} {OFFLINE}") from error
     _check_tokenizer(settings, words, tokenizer)
     return settings, built, words, pixels
-
-
-def _size(settings: Any) -> tuple[int, int]:
-    size = settings.vision_config.image_size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _usual_pixels(settings: Any) -> dict[str, Any]:
@@ -181,27 +164,7 @@ def _usual_pixels(settings: Any) -> dict[str, Any]:
         mode, mean, std = "crop", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     else:
         mode, mean, std = "squash", IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
-    return {"size": _size(settings), "resize_mode": mode, "interpolation": "bicubic", "mean": mean, "std": std}
-
-
-def _pixels(settings: Any, processor: Any) -> dict[str, Any]:
-    """Reads an image processor; what our three ways of resizing cannot express is refused."""
-    size, resized = _size(settings), dict(processor.size)
-    crop = dict(processor.crop_size or {}) if getattr(processor, "do_center_crop", False) else {}
-    interpolation = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample))
-    if resized.get("shortest_edge") == min(size) and (crop.get("height"), crop.get("width")) == size:
-        mode = "crop"
-    elif (resized.get("height"), resized.get("width")) == size:
-        mode = "squash"
-    else:
-        mode = None
-    if mode is None or interpolation is None:
-        raise ValueError(
-            f"The image processor resizes to {resized}, crops to {crop} and filters by {processor.resample} for a "
-            f"tower of {size}: only 'shorter side and centre crop' and 'squash', bicubic or bilinear, are known."
-        )
-    mean, std = processor.image_mean, processor.image_std
-    return {"size": size, "resize_mode": mode, "interpolation": interpolation, "mean": mean, "std": std}
+    return {"size": tower_size(settings), "resize_mode": mode, "interpolation": "bicubic", "mean": mean, "std": std}
 
 
 def _check_tokenizer(settings: Any, words: Any, name: str) -> None:
@@ -221,8 +184,3 @@ def _encode(tokenizer: Any, texts: list[str], *, context_length: int) -> Tensor:
         texts, padding="max_length", truncation=True, max_length=context_length, return_tensors="pt"
     ).input_ids
     return cast(Tensor, ids)
-
-
-def _layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
-    host = cast(Any, model.vision_model if tower == "image" else model.text_model)
-    return cast(nn.ModuleList, host.encoder.layers)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from gmail_lightning.losses.captioning import IGNORED
 
 EMOJI = "emoji"  # the tokenizer that ships with the package
 
@@ -65,3 +68,65 @@ def build_language_model(
     settings = {key: value for key, value in language_model.items() if key != "model_type"}
     config = AutoConfig.for_model(language_model["model_type"], **{**special, **settings})
     return AutoModelForCausalLM.from_config(config).eval(), words, False
+
+
+def caption_labels(
+    tokenizer: Any, captions: list[str], max_length: int, end_id: int | None
+) -> tuple[Tensor, int]:
+    """Token ids of captions, shape (B, L), with -100 behind each, and how many captions were cut.
+
+    Args:
+        tokenizer: Of Hugging Face.
+        captions: B texts; surrounding white space is dropped.
+        max_length: Longest caption in tokens, its end token included.
+        end_id: Token that is put behind every caption that fits; None for none.
+    """
+    texts: list[list[int]] = tokenizer([c.strip() for c in captions], add_special_tokens=False).input_ids
+    ended = [ids + ([] if end_id is None else [end_id]) for ids in texts]
+    length = min(max_length, max(map(len, ended), default=0))
+    labels = torch.full((len(ended), length), IGNORED)
+    for row, ids in enumerate(ended):
+        labels[row, : len(ids[:length])] = torch.tensor(ids[:length], dtype=torch.long)
+    return labels, sum(len(ids) > max_length for ids in ended)
+
+
+def written(
+    model: Any,
+    tokenizer: Any,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor,
+    *,
+    end_id: int,
+    num_beams: int,
+    max_new_tokens: int,
+    length_penalty: float,
+) -> list[str]:
+    """What a language model goes on with, by beam search without sampling, whatever its own generation settings say.
+
+    The score of a text is its log-probability / length ** length_penalty, its end token counted. The search does not
+    stop before no unfinished text can do better.
+
+    Args:
+        model: Causal language model.
+        tokenizer: Of Hugging Face.
+        inputs_embeds: Shape (B, P, W); padded on the left.
+        attention_mask: Shape (B, P).
+        end_id: Token that ends a text.
+        num_beams: Width of the search.
+        max_new_tokens: Longest text.
+        length_penalty: See above.
+    """
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        length_penalty=length_penalty,
+        early_stopping="never" if num_beams > 1 else False,
+        do_sample=False,
+        eos_token_id=end_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    ids = model.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=settings)
+    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [" ".join(text.split()) for text in texts]
