@@ -76,7 +76,7 @@ def test_beam_search_equals_an_exhaustive_search(seed: int, length_penalty: floa
     """On a vocabulary of four tokens, all other logits barred, every text of at most three tokens is scored."""
     model = tiny(seed)
     allowed, end = [0, 10, 20, 30], 0
-    bar = torch.full((4096,), -torch.inf)
+    bar = torch.full((2048,), -torch.inf)
     bar[allowed] = 0.0
     head = model.gpt.lm_head.forward
     model.gpt.lm_head.forward = lambda x: 8 * head(x) + bar  # sharper, so that the lengths differ
@@ -141,7 +141,7 @@ def test_a_stop_token_ends_captions_and_is_not_appended() -> None:
     ids = model.tokenizer("a cat.").input_ids
     expected = -log_probabilities(model, feature[0], ids).mean()
     torch.testing.assert_close(model.loss(feature, ["a cat."]).double(), expected, atol=1e-5, rtol=1e-5)
-    bias = torch.zeros(4096)
+    bias = torch.zeros(2048)
     bias[model.end_id] = 1e4
     head = model.gpt.lm_head.forward
     model.gpt.lm_head.forward = lambda x: head(x) + bias

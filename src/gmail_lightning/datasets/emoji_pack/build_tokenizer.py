@@ -10,7 +10,7 @@ import sys
 
 from gmail_lightning.datasets import EmojiDataset
 
-VOCABULARY = 4096
+VOCABULARY = 2048
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {{ message['content'] }} ASSISTANT:"
