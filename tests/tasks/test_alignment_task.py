@@ -74,6 +74,45 @@ def test_every_term_and_the_weighted_total(batch: ImageTextBatch) -> None:
     assert got["loss"].item() == pytest.approx(total.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_patch_terms_and_their_gradients(batch: ImageTextBatch, chunk: int | None) -> None:
+    """Of tokens averaged over the image, at the last block but one of two: the second block's adapters stay out."""
+    made = task(temperature=0.1, patch_weight=2.0, patch_cosine_weight=0.5, contrastive_chunk_size=chunk)
+    with torch.no_grad():
+        tokens = made.encoder.image_tokens(batch["image"], batch["modality"], layer=-2)
+        assert torch.equal(tokens[1::2], made.encoder.image_tokens(batch["image"][1::2], layer=0))
+    generated, real = (normalize(x.double().mean(dim=1), dim=1) for x in (tokens[0::2], tokens[1::2]))
+    expected = {"patch": info_nce(generated, real, 10.0), "patch_cosine": 1 - (generated * real).sum(1).mean()}
+    got = made.compute_losses(batch)
+    for name, value in expected.items():
+        assert got[name].item() == pytest.approx(value.item(), abs=1e-5), name
+    total = got["alignment"] + 2 * expected["patch"] + 0.5 * expected["patch_cosine"]
+    assert got["loss"].item() == pytest.approx(total.item(), abs=1e-5)
+
+    alone = task(alignment_weight=0.0, temperature=0.1, patch_weight=2.0, contrastive_chunk_size=chunk)
+    losses = alone.compute_losses(batch)
+    assert set(losses) == {"loss", "patch"}
+    losses["loss"].backward()
+    alone.on_after_backward()  # names trainable tensors without gradient
+    adapters = dict(alone.encoder.image_adapters())
+    assert {name.split(".")[3] for name, p in adapters.items() if p.requires_grad} == {"0"}
+    assert {name.split(".")[3] for name in adapters} == {"0", "1"}
+    name = "encoder.lora.image.0.v.B"
+    with torch.no_grad():  # a central difference in one entry
+        values = []
+        for step in (1e-2, -2e-2):
+            adapters[name][0, 0] += step
+            values.append(alone.compute_losses(batch)["loss"].item())
+    assert adapters[name].grad[0, 0].item() == pytest.approx((values[0] - values[1]) / 2e-2, rel=0.05, abs=1e-4)
+
+
+def test_patch_terms_refuse_cached_features(batch: ImageTextBatch) -> None:
+    cached = {**batch, "image_features": torch.zeros(4, 16), "feature_row": torch.arange(1, 8, 2)}
+    cached.update(image=batch["image"][::2], image_row=torch.arange(0, 8, 2))
+    with pytest.raises(ValueError, match="need the pixels of every row"):
+        task(patch_weight=1.0).compute_losses(cached)
+
+
 def test_symmetric_and_sigmoid_forms(batch: ImageTextBatch) -> None:
     made = task(temperature=0.1, symmetric=True)
     generated, real, _ = features(made, batch)
@@ -158,10 +197,11 @@ def test_an_encoder_without_text_aligns_and_asks_for_no_text(batch: ImageTextBat
         ({"alignment_weight": 0.0}, "must be above 0"),
         (
             {"alignment_weight": 0.0, "real_text_weight": 1.0, "real_path": "projected"},
-            "generated_text must be above 0",
+            "patch_cosine must be above 0",
         ),
         ({"cosine_weight": -1.0}, "No weight may be negative"),
         ({"real_text_weight": 1.0}, "frozen real path cannot train"),
+        ({"alignment_weight": 0.0, "patch_weight": 1.0, "projection": True}, "no term on these has a weight"),
         ({"temperature": 0.0}, "must be positive"),
         ({"symmetric": True, "loss": "sigmoid"}, "symmetric as it is"),
         ({"targets": ("q", "query")}, "query"),

@@ -1,8 +1,10 @@
 """Metrics: functions first, thin ``torchmetrics`` classes around them."""
 
 from gmail_lightning.metrics.caption_statistics import CaptionStatistics
+from gmail_lightning.metrics.captioning import CocoCaptionScore
 from gmail_lightning.metrics.clip_score import CLIPScore, RefCLIPScore, clip_score, ref_clip_score
 from gmail_lightning.metrics.modality_gap import ModalityGap, linear_probe_accuracy, modality_gap
+from gmail_lightning.metrics.multiple_choice import MultipleChoice, chosen_letter
 from gmail_lightning.metrics.repair import Repair, repair_pairs
 from gmail_lightning.metrics.retrieval import ImageTextRecall, image_text_recall
 from gmail_lightning.metrics.truncation import TruncatedTexts
@@ -11,12 +13,15 @@ from gmail_lightning.metrics.zero_shot import ZeroShotAccuracy
 __all__ = [
     "CLIPScore",
     "CaptionStatistics",
+    "CocoCaptionScore",
     "ImageTextRecall",
     "ModalityGap",
+    "MultipleChoice",
     "RefCLIPScore",
     "Repair",
     "TruncatedTexts",
     "ZeroShotAccuracy",
+    "chosen_letter",
     "clip_score",
     "image_text_recall",
     "linear_probe_accuracy",

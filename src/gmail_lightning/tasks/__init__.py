@@ -2,6 +2,7 @@
 
 from gmail_lightning.tasks.alignment import AlignmentTask
 from gmail_lightning.tasks.base import BaseTask
+from gmail_lightning.tasks.captioning import CaptioningTask
 from gmail_lightning.tasks.classification import ZeroShotClassificationTask
 from gmail_lightning.tasks.embedding import EmbeddingTask
 from gmail_lightning.tasks.image_generation import ImageGenerationTask
@@ -13,6 +14,7 @@ from gmail_lightning.tasks.text_to_image import TextToImageTask
 __all__ = [
     "AlignmentTask",
     "BaseTask",
+    "CaptioningTask",
     "EmbeddingTask",
     "ImageGenerationTask",
     "LinearProbeTask",

@@ -15,7 +15,8 @@ from torchmetrics import Metric
 from gmail_lightning.losses import alignment_loss, clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall, ModalityGap
 from gmail_lightning.models import DualEncoder, ImageEncoder, ModalityEncoder
-from gmail_lightning.tasks.base import BaseTask, paired_rows
+from gmail_lightning.models.base import ROLES
+from gmail_lightning.tasks.base import BaseTask, in_chunks, paired_rows
 from gmail_lightning.tasks.retrieval import update_recall
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
@@ -42,6 +43,12 @@ class AlignmentTask(BaseTask):
             InfoNCE alone lets it drift as a whole; with ``alignment_weight: 0`` it is the plain distillation control.
         generated_text_weight: Weight of the contrastive term between generated images and captions (section 3.1).
         real_text_weight: The same for real images; needs a real path that trains.
+        patch_weight: Weight of Eq. 1 on the patch tokens of ``patch_layer``, averaged over each image. Captioners such
+            as LLaVA read these tokens, which the pooled features reach only indirectly. The two images of a pair are
+            different pictures of one caption, so that no patch belongs to a patch of the other; their means, which do
+            not depend on where things are, do. The tower runs a second time for them.
+        patch_cosine_weight: Weight of 1 - paired cosine of the same means.
+        patch_layer: Block of the tower; -2 is the last but one. Adapters behind it train with the other terms only.
         contrastive_chunk_size: Encode the batch in chunks of this many rows, with the exact gradients of one batch.
         optimizer: See ``BaseTask``.
         scheduler: See ``BaseTask``.
@@ -71,6 +78,9 @@ class AlignmentTask(BaseTask):
         cosine_weight: float = 0.0,
         generated_text_weight: float = 0.0,
         real_text_weight: float = 0.0,
+        patch_weight: float = 0.0,
+        patch_cosine_weight: float = 0.0,
+        patch_layer: int = -2,
         contrastive_chunk_size: int | None = None,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
@@ -80,6 +90,9 @@ class AlignmentTask(BaseTask):
         super().__init__(optimizer, scheduler, warmup_steps, allow_small_negatives)
         self.record_hyperparameters()
         weights = {"alignment": alignment_weight, "cosine": cosine_weight, "generated_text": generated_text_weight}
+        self.reads_pooled = max(*weights.values(), real_text_weight) > 0
+        self.reads_patches = max(patch_weight, patch_cosine_weight) > 0
+        weights.update(patch=patch_weight, patch_cosine=patch_cosine_weight)
         self.weights = {**weights, "real_text": real_text_weight}
         if min(self.weights.values()) < 0 or max(weights.values()) == 0:
             raise ValueError(
@@ -96,11 +109,21 @@ class AlignmentTask(BaseTask):
         self.encoder = ModalityEncoder(
             encoder, rank=rank, alpha=alpha, targets=tuple(targets), real_path=real_path, projection=projection
         )
-        self.loss, self.symmetric = loss, symmetric
+        self.loss, self.symmetric, self.patch_layer = loss, symmetric, patch_layer
+        if not self.reads_pooled:
+            self._train_patches_only(projection)
         self.contrastive_chunk_size = contrastive_chunk_size
-        learnable = learnable_temperature and alignment_weight > 0
+        learnable = learnable_temperature and (alignment_weight > 0 or patch_weight > 0)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learnable)
         self.bias = nn.Parameter(torch.tensor(-10.0), requires_grad=learnable and loss == "sigmoid")
+
+    def _train_patches_only(self, projection: bool) -> None:
+        """Without a term on pooled features, what lies behind the patch tokens stays as it is: no loss reaches it."""
+        if projection or self.encoder.real_path != "frozen":
+            raise ValueError("A projection acts on pooled features, and no term on these has a weight: leave it out.")
+        num_blocks = 1 + max(target.block for target in self.encoder.lora_targets(ROLES))
+        for name, parameter in self.encoder.image_adapters():  # encoder.lora.image.<block>.<role>.<factor>
+            parameter.requires_grad_(int(name.split(".")[3]) <= self.patch_layer % num_blocks)
 
     @property
     def pretrained(self) -> bool:
@@ -115,21 +138,43 @@ class AlignmentTask(BaseTask):
 
     def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
         """Alignment of the batch's pairs, and the text terms that have a weight."""
-        features = self.encode_images(batch, self.contrastive_chunk_size)
         is_generated, is_real = paired_rows(batch)
-        generated, real, ids = features[is_generated], features[is_real], batch["image_id"][is_real]
-        if self.encoder.real_path == "frozen":
-            real = real.detach()  # no gradient, hence no collective in the backward
+        ids = batch["image_id"][is_real]
+        encoded: dict[str, tuple[Tensor, Tensor]] = {}  # generated and real
+        for name, encode, needed in (
+            ("pooled", self.encode_images, self.reads_pooled),
+            ("patch", self.mean_tokens, self.reads_patches),
+        ):
+            if needed:
+                features = encode(batch, self.contrastive_chunk_size)
+                real = features[is_real].detach() if self.encoder.real_path == "frozen" else features[is_real]
+                encoded[name] = features[is_generated], real  # a detached teacher: no collective in the backward
 
         terms: dict[str, Callable[[], Tensor]] = {
-            "alignment": lambda: self._alignment(generated, real, ids),
-            "cosine": lambda: 1.0 - F.cosine_similarity(generated.float(), real.float()).mean(),
-            "generated_text": lambda: self._text_term(generated, batch["text"][is_generated], ids),
-            "real_text": lambda: self._text_term(real, batch["text"][is_real], ids),
+            "alignment": lambda: self._alignment(*encoded["pooled"], ids),
+            "cosine": lambda: _cosine_distance(*encoded["pooled"]),
+            "generated_text": lambda: self._text_term(encoded["pooled"][0], batch["text"][is_generated], ids),
+            "real_text": lambda: self._text_term(encoded["pooled"][1], batch["text"][is_real], ids),
+            "patch": lambda: self._alignment(*encoded["patch"], ids),
+            "patch_cosine": lambda: _cosine_distance(*encoded["patch"]),
         }
         losses = {name: terms[name]() for name, weight in self.weights.items() if weight}
         total = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
         return {"loss": total, **losses}
+
+    def mean_tokens(self, batch: ImageTextBatch, chunk_size: int | None = None) -> Tensor:
+        """Mean patch token of ``patch_layer`` of each image, shape (B, W), every modality through its branch.
+
+        Raises:
+            ValueError: If features are cached in place of pixels: those of a store are pooled.
+        """
+        if "image_features" in batch:
+            raise ValueError("The patch terms need the pixels of every row: give the data sets without their store.")
+
+        def encode(image: Tensor, modality: Tensor) -> Tensor:
+            return self.encoder.image_tokens(image, modality, layer=self.patch_layer).mean(dim=1)
+
+        return in_chunks(encode, batch["image"], batch["modality"], chunk_size=chunk_size)
 
     def _alignment(self, generated: Tensor, real: Tensor, ids: Tensor) -> Tensor:
         temperature = self.log_temperature.exp().clamp(min=0.01)  # logits of at most 100, as CLIP caps its scale
@@ -146,14 +191,24 @@ class AlignmentTask(BaseTask):
         return sigmoid_loss(image_features, text_features, scale, bias, ids=ids)
 
     def build_metrics(self, eval_set: str) -> dict[str, Metric]:
-        """The gap, and with a text tower the image-text recall of both branches."""
-        recall = {name: ImageTextRecall(prefix=f"{name}_") for name in ("real", "generated")}
-        return {"gap": ModalityGap(), **(recall if self.encoder.has_text else {})}
+        """The gap, also of the patch tokens where these are trained, and with a text tower the image-text recall."""
+        built: dict[str, Metric] = {"gap": ModalityGap()}
+        if self.reads_patches:
+            built["patch_gap"] = ModalityGap(prefix="patch_")
+        if self.encoder.has_text:
+            built.update({name: ImageTextRecall(prefix=f"{name}_") for name in ("real", "generated")})
+        return built
 
     def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
         """Real rows go through the real path, generated rows through the adapted branch."""
         features = self.encode_images(batch)
         metrics["gap"].update(features, batch["modality"], batch["image_id"])
+        if self.reads_patches:
+            metrics["patch_gap"].update(self.mean_tokens(batch), batch["modality"], batch["image_id"])
         if not self.encoder.has_text:
             return
         update_recall(metrics, features, self.encoder.encode_text(batch["text"]), batch)
+
+
+def _cosine_distance(generated: Tensor, real: Tensor) -> Tensor:
+    return 1.0 - F.cosine_similarity(generated.float(), real.float()).mean()

@@ -1,0 +1,193 @@
+"""``CaptioningTask``: a captioner on image features of either modality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from gmail_lightning.metrics import CaptionStatistics, CocoCaptionScore
+from gmail_lightning.models import Captioner, DualEncoder, ImageEncoder, ModalityEncoder
+from gmail_lightning.models.modality import second_stage
+from gmail_lightning.tasks.base import BaseTask
+from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
+
+JAVA = ("meteor", "spice")  # minutes of Java, not at every validation of a fit
+
+
+class CaptioningTask(BaseTask):
+    """Trains a captioner on images of either modality, each seen through its branch, and tests it on real ones.
+
+    The step of GMAIL (arXiv 2602.15368) that follows the alignment: the captioner reads generated images through the
+    aligned branch, and real images through the frozen one. Both towers stay as they are. Evaluation writes captions by
+    beam search and scores those of real and, as ``generated_...``, of generated images apart.
+
+    Args:
+        encoder: The plain encoder.
+        captioner: What writes; it says whether it reads pooled features or patch tokens.
+        aligned: Checkpoint of an ``AlignmentTask``, or a folder: the newest ``checkpoints/last.ckpt`` below it. None:
+            generated images are taken as real.
+        train_adapters: Train the adapters of the generated branch further, too.
+        text_noise: Train on the captions' own text features in place of image features, with Gaussian noise of this
+            variance per component, 0.016 in CapDec (arXiv 2211.00575): the rival that needs no image in training. All
+            features are then brought to unit norm.
+        label_smoothing: Share of the target spread over the vocabulary (DeCap: 0.1).
+        metrics: Of ``CocoCaptionScore``. What needs minutes of Java (``meteor``, ``spice``) is left to ``test`` and
+            ``validate``.
+        num_beams: Width of the beam search.
+        max_new_tokens: Longest caption that is written.
+        length_penalty: Captions are ranked by log-probability / length ** length_penalty.
+        min_unique_captions: An evaluation with a smaller share of different captions warns of a collapse.
+        optimizer: See ``BaseTask``.
+        scheduler: See ``BaseTask``.
+        warmup_steps: See ``BaseTask``.
+
+    Raises:
+        ValueError: As ``second_stage``; if the captioner reads features of another width; or if ``text_noise`` meets an
+            encoder without text tower, or a captioner of patch tokens.
+    """
+
+    uses_weights = True
+    encoder: ModalityEncoder
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        captioner: Captioner,
+        aligned: str | dict[str, Any] | None = None,
+        train_adapters: bool = False,
+        text_noise: float | None = None,
+        label_smoothing: float = 0.0,
+        metrics: Sequence[str] = ("bleu", "rouge", "cider"),
+        num_beams: int = 5,
+        max_new_tokens: int = 67,
+        length_penalty: float = 1.0,
+        min_unique_captions: float = 0.1,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(optimizer, scheduler, warmup_steps)
+        self.record_hyperparameters()
+        self._check(encoder, captioner, text_noise)
+        CocoCaptionScore(metrics)  # refuses unknown names now, not after the first epoch
+        self.encoder = second_stage(encoder, aligned, train_adapters=train_adapters)
+        self.captioner, self.feature_layer = captioner, captioner.feature_layer
+        self.text_noise, self.label_smoothing = text_noise, label_smoothing
+        self.score_names, self.min_unique_captions = list(metrics), min_unique_captions
+        self.num_beams, self.max_new_tokens, self.length_penalty = num_beams, max_new_tokens, length_penalty
+        #: Captions of the last evaluation batch, one per row: what the callbacks show.
+        self.captions: list[str] = []
+        #: By evaluation set, what could not be computed and why, and which tokenizer was used.
+        self.reasons: dict[str, dict[str, str]] = {}
+
+    @staticmethod
+    def _check(encoder: ImageEncoder, captioner: Captioner, text_noise: float | None) -> None:
+        name = type(captioner).__name__
+        if captioner.feature_layer is None and captioner.image_dim not in (None, encoder.embed_dim):
+            raise ValueError(
+                f"{name}(image_dim={captioner.image_dim}), but {type(encoder).__name__} gives features of width "
+                f"{encoder.embed_dim}: set image_dim: {encoder.embed_dim}."
+            )
+        if text_noise is None:
+            return
+        if text_noise < 0:
+            raise ValueError(f"text_noise={text_noise} is a variance: it is not negative.")
+        if captioner.feature_layer is not None or not isinstance(encoder, DualEncoder):
+            raise ValueError(
+                "text_noise trains on text features in place of pooled image features: it needs an encoder with a text "
+                f"tower and a captioner of pooled features, not {type(encoder).__name__} and {name}."
+            )
+
+    @property
+    def pretrained(self) -> bool:
+        """Of the captioner; the encoder's features mean nothing to a new one."""
+        return self.captioner.pretrained and self.encoder.pretrained
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """Pixels; the captioner splits the captions into tokens itself."""
+        texts = {} if self.text_noise is None else {"text": self.encoder.text_spec}
+        return InputSpec(image=self.encoder.image_spec, texts=texts)
+
+    def encode_pixels(self, image: Tensor, modality: Tensor) -> Tensor:
+        """Pooled features (n, D), or patch tokens (n, T, W), every modality through its branch."""
+        if self.feature_layer is None:
+            return super().encode_pixels(image, modality)
+        return self.encoder.image_tokens(image, modality, layer=self.feature_layer)
+
+    def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
+        """Negative log-likelihood of the captions, weighted by row where the data have weights."""
+        if self.text_noise is None:
+            features = self.encode_images(batch)
+        else:
+            with torch.no_grad():
+                features = F.normalize(self.encoder.encode_text(batch["text"]).float(), dim=-1)
+                features = F.normalize(features + self.text_noise**0.5 * torch.randn_like(features), dim=-1)
+        loss = self.captioner.loss(
+            features,
+            batch["caption"],
+            batch.get("question"),
+            weight=batch.get("weight"),
+            label_smoothing=self.label_smoothing,
+        )
+        return {"loss": loss}
+
+    def write(self, batch: ImageTextBatch) -> list[str]:
+        """Captions of a batch, one per row."""
+        features = self.encode_images(batch)
+        return self.captioner.generate(
+            features if self.text_noise is None else F.normalize(features.float(), dim=-1),
+            batch.get("question"),
+            num_beams=self.num_beams,
+            max_new_tokens=self.max_new_tokens,
+            length_penalty=self.length_penalty,
+        )
+
+    def build_metrics(self, eval_set: str) -> dict[str, Metric]:
+        """Caption scores and statistics, of each modality."""
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        names = [name for name in self.score_names if not (fits and name in JAVA)]
+        built: dict[str, Metric] = {}
+        for which, prefix in ((Modality.REAL, ""), (Modality.GENERATED, "generated_")):
+            built[which.name.lower()] = CocoCaptionScore(names, prefix=prefix)
+            built[f"{which.name.lower()}_statistics"] = CaptionStatistics(prefix)
+        return built
+
+    def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
+        """Writes the captions of a batch and adds them to the scores of their modality."""
+        self.captions = self.write(batch)
+        for which in Modality:
+            rows = (batch["modality"] == which).nonzero().flatten()
+            written = [self.captions[row] for row in rows.tolist()]
+            references = [batch["references"][row] for row in rows.tolist()]
+            metrics[which.name.lower()].update(written, references, ids=batch["row_id"][rows])
+            metrics[f"{which.name.lower()}_statistics"].update(written)
+
+    def predict_step(self, batch: ImageTextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Captions of a batch: ``caption`` (B,), ``image_id`` (B,) and ``sample_key``."""
+        return {"caption": self.write(batch), "image_id": batch["image_id"], "sample_key": batch["sample_key"]}
+
+    def _log_metrics(self, stage: str) -> None:
+        super()._log_metrics(stage)
+        for key, metrics in self.metrics.items():
+            if not key.startswith(f"{stage}/"):
+                continue
+            name, scores = key.removeprefix(f"{stage}/"), cast(Any, metrics)
+            real, generated = scores["real"], scores["generated"]
+            self.reasons[name] = {**generated.reasons, **real.reasons}
+            unique = self.results[name].get("unique_captions", 1.0)
+            if unique < self.min_unique_captions and not self.trainer.sanity_checking:
+                rank_zero_warn(
+                    f"{name}: only {unique:.1%} of the captions differ from one another (min_unique_captions="
+                    f"{self.min_unique_captions}). The captioner ignores its images: a lower rate, a warm-up, or "
+                    "normalize_prefix may help."
+                )

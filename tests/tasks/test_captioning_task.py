@@ -1,0 +1,183 @@
+"""A captioner behind an alignment: what it learns from, what is scored, what a checkpoint keeps."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
+from torch.nn import functional as F
+
+from gmail_lightning.callbacks import FeatureWriter
+from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
+from gmail_lightning.datasets import EmojiDataset, FeatureStore
+from gmail_lightning.metrics.java_tools import JavaError
+from gmail_lightning.models import ClipCap
+from gmail_lightning.tasks import CaptioningTask, EmbeddingTask
+from gmail_lightning.types import Modality
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+
+
+def captioner(seed: int = 0, **settings: Any) -> ClipCap:
+    torch.manual_seed(seed)
+    return ClipCap(**{"image_dim": 16, "language_model": GPT2, "tokenizer": "emoji", "prefix_length": 2, **settings})
+
+
+def task(**settings: Any) -> CaptioningTask:
+    usual = {"captioner": captioner(), "num_beams": 1, "max_new_tokens": 4, "min_unique_captions": 0.0}
+    return CaptioningTask(tiny_encoder(), **{**usual, **settings})
+
+
+def evaluation_batch(data: MixedModalityDataModule, made: CaptioningTask, folder: Path) -> dict[str, Any]:
+    """One batch of both hands, as the evaluation sees it."""
+    trainer = quiet_trainer(folder, limit_val_batches=1)
+    seen: list[dict[str, Any]] = []
+    made.update_metrics = lambda metrics, batch: seen.append(batch)  # type: ignore[method-assign]
+    trainer.validate(made, data, verbose=False)
+    del made.update_metrics
+    return seen[0]
+
+
+def test_loss_is_the_captioners_on_each_branch(aligned: Any, tmp_path: Path) -> None:
+    made = task(aligned=str(aligned.path)).eval()
+    batch = evaluation_batch(emoji_data(), made, tmp_path)
+    generated = batch["modality"] == Modality.GENERATED
+    assert 0 < generated.sum() < len(generated)
+    plain = tiny_encoder().encode_image(batch["image"])
+    other = aligned.task.encoder.encode_image(batch["image"], torch.ones(len(generated), dtype=torch.long))
+    features = torch.where(generated[:, None], other, plain)
+    torch.testing.assert_close(
+        made.compute_losses(batch)["loss"], made.captioner.loss(features, batch["caption"]), rtol=1e-5, atol=1e-6
+    )
+    weight = torch.rand(len(generated))
+    weighted = made.compute_losses({**batch, "weight": weight})["loss"]
+    torch.testing.assert_close(
+        weighted, made.captioner.loss(features, batch["caption"], weight=weight), rtol=1e-5, atol=1e-6
+    )
+    assert not torch.allclose(weighted, made.compute_losses(batch)["loss"], atol=1e-6)
+
+
+def test_text_noise_trains_on_texts_and_captions_images(tmp_path: Path) -> None:
+    """Without noise the features are those of the texts; with it, their direction moves by the variance asked for."""
+    made = task(text_noise=0.0).eval()
+    batch = evaluation_batch(emoji_data(), made, tmp_path)
+    first = torch.tensor([batch["text_row"].tolist().index(row) for row in range(len(batch["caption"]))])
+    batch["text"] = batch["text"][first]  # one per row, as in training
+    features = F.normalize(tiny_encoder().encode_text(batch["text"]), dim=-1)
+    given: list[torch.Tensor] = []
+    loss = made.captioner.loss
+    made.captioner.loss = lambda x, *a, **k: (given.append(x), loss(x, *a, **k))[1]  # type: ignore[method-assign]
+    made.compute_losses(batch)
+    torch.testing.assert_close(given[0], features)
+    made.text_noise = 0.01
+    for seed in range(50):
+        torch.manual_seed(seed)
+        made.compute_losses(batch)
+    noisy = torch.stack(given[1:])
+    torch.testing.assert_close(noisy.norm(dim=-1), torch.ones(noisy.shape[:2]))
+    torch.manual_seed(7)
+    expected = F.normalize(features + 0.1 * torch.randn(50, *features.shape), dim=-1)
+    assert (noisy * features).sum(-1).mean().item() == pytest.approx((expected * features).sum(-1).mean().item(), abs=5e-3)
+
+    images = F.normalize(tiny_encoder().encode_image(batch["image"]), dim=-1)
+    del made.captioner.loss
+    assert made.write(batch) == made.captioner.generate(images, num_beams=1, max_new_tokens=4)
+
+
+def no_java(asked: list[str]) -> Any:
+    def scores(hypotheses: list[str], references: list[list[str]], **_: Any) -> Any:
+        asked.append(hypotheses[0])
+        raise JavaError("no java here")
+
+    return scores
+
+
+def test_scores_of_each_modality_and_what_needs_java_is_left_to_test(tmp_path: Path) -> None:
+    made = task(metrics=("bleu", "rouge", "cider", "meteor"))
+    data = emoji_data()
+    trainer = quiet_trainer(tmp_path, max_steps=2, val_check_interval=2, num_sanity_val_steps=0, limit_val_batches=2)
+    trainer.fit(made, data)
+    values = made.results["novel"]
+    assert {"CIDEr", "Bleu_4", "ROUGE_L", "unique_captions", "mean_length", "generated_CIDEr"} <= values.keys()
+    assert "METEOR" not in values
+    asked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gmail_lightning.metrics.captioning.JAVA_METRICS", {"meteor": no_java(asked)})
+        trainer.validate(made, data, verbose=False)
+    values = made.results["novel"]
+    assert math.isnan(values["METEOR"])
+    assert math.isnan(values["generated_METEOR"])
+    assert math.isfinite(values["CIDEr"])
+    assert made.reasons["novel"]["METEOR"] == made.reasons["novel"]["generated_METEOR"] == "no java here"
+    assert len(asked) == 2  # one set, two modalities
+
+
+def test_fit_on_cached_features_equals_fit_on_pixels(aligned: Any, tmp_path: Path) -> None:
+    """Features of the aligned branch, written once, in place of the pixels of every step: the same weights."""
+    hands = [EmojiDataset(hand, "novel") for hand in ("fluent_flat", "noto")]
+    writer = FeatureWriter(str(tmp_path / "store"), "float32")
+    embedding = EmbeddingTask(tiny_encoder(), aligned=str(aligned.path))
+    quiet_trainer(tmp_path, callbacks=[writer]).predict(embedding, MixedModalityDataModule(predict=hands, batch_size=64))
+    alike = AllowedOverlap(["caption", "image_id", "pixels"], "the same drawings")
+    weights = []
+    for sets in (hands, [FeatureStore(str(tmp_path / "store"), dataset) for dataset in hands]):
+        made = task(aligned=str(aligned.path))
+        data = MixedModalityDataModule(
+            sets, {"novel": sets}, mode="mixture", generated_fraction=0.5, batch_size=16, allow_overlap={"novel": alike}
+        )
+        torch.manual_seed(3)
+        quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(made, data)
+        weights.append(made.captioner.state_dict())
+    assert not torch.equal(weights[0]["clip_project.model.0.weight"], captioner().clip_project.model[0].weight)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_checkpoint_keeps_captioner_and_adapters_and_writes_the_same(aligned: Any, tmp_path: Path) -> None:
+    made, data = task(aligned=str(aligned.path)), emoji_data()
+    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    trainer.fit(made, data)
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    keys = torch.load(tmp_path / "c.ckpt", weights_only=True)["state_dict"].keys()
+    assert any(".lora." in key for key in keys)
+    assert all(key.startswith("captioner.") or "lora" in key or "projection" in key for key in keys)
+    loaded = CaptioningTask.load_from_checkpoint(
+        tmp_path / "c.ckpt", encoder=tiny_encoder(), captioner=captioner(seed=1),
+        aligned={"rank": 3, "alpha": 5.0, "targets": ["q", "fc1"], "projection": True}, num_beams=1, max_new_tokens=4,
+    )  # fmt: skip
+    batch = evaluation_batch(data, loaded, tmp_path)
+    written = loaded.eval().write(batch)
+    assert written == made.eval().write(batch)
+    assert written != task().eval().write(batch)
+
+
+def test_predictions_name_their_images(tmp_path: Path) -> None:
+    made, data = task().eval(), MixedModalityDataModule(predict=[EmojiDataset("noto", "novel")], batch_size=64)
+    batches = quiet_trainer(tmp_path, limit_predict_batches=2).predict(made, data)
+    images = EmojiDataset("noto", "novel")
+    assert torch.cat([b["image_id"] for b in batches]).tolist() == images.image_id[:128].tolist()
+    assert [key for b in batches for key in b["sample_key"]][5] == images.sample_key(5)
+    assert all(isinstance(caption, str) for b in batches for caption in b["caption"])
+
+
+def test_a_collapse_is_told(tmp_path: Path) -> None:
+    made = task(min_unique_captions=0.5)
+    made.captioner.generate = lambda x, *a, **k: ["a thing"] * len(x)  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match=r"novel: only 0\.\d% of the captions differ.*ignores its images"):
+        quiet_trainer(tmp_path).validate(made, emoji_data(), verbose=False)
+    assert made.results["novel"]["mean_length"] == 2.0
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"image_dim=512\), but OpenCLIPEncoder gives features of width 16"):
+        task(captioner=captioner(image_dim=512))
+    with pytest.raises(ValueError, match="is a variance"):
+        task(text_noise=-1.0)
+    with pytest.raises(ValueError, match="blue"):
+        task(metrics=("blue",))
+    tokens = captioner()
+    tokens.feature_layer = -2
+    with pytest.raises(ValueError, match="captioner of pooled features"):
+        task(captioner=tokens, text_noise=0.016)
