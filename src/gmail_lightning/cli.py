@@ -17,14 +17,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import gmail_lightning.models  # noqa: F401  short class names resolve once their module is imported
-from gmail_lightning.callbacks import DatasetWriter, FeatureWriter, PredictionWriter, ResultsWriter, SparseProgress
+from gmail_lightning.callbacks import (
+    CocoResultWriter,
+    DatasetWriter,
+    FeatureWriter,
+    PredictionWriter,
+    ResultsWriter,
+    SparseProgress,
+)
 from gmail_lightning.callbacks.generation_plan import Mode
 from gmail_lightning.datamodules import MixedModalityDataModule  # noqa: F401
 from gmail_lightning.datasets import DataError
 from gmail_lightning.hints import hint, import_class
 from gmail_lightning.main import EPILOG
 from gmail_lightning.models.branches import newest_checkpoint
-from gmail_lightning.tasks import BaseTask
+from gmail_lightning.tasks import BaseTask, CaptioningTask
 
 RUN_DIR = "GMAIL_LIGHTNING_RUN_DIR"  # the launcher's child processes write where their parent does
 CHECKPOINT = "GMAIL_LIGHTNING_CHECKPOINT"  # and resume from what their parent found
@@ -144,8 +151,9 @@ class GmailCLI(LightningCLI):
     def _instantiate_trainer(self, config: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
         configured = config.get("callbacks") or []
         given = [*callbacks, *(configured if isinstance(configured, list) else [configured])]
-        if self.subcommand == "predict" and not (_has(given, DatasetWriter) or _has(given, FeatureWriter)):
-            callbacks.append(PredictionWriter())
+        writers = (CocoResultWriter, DatasetWriter, FeatureWriter, PredictionWriter)
+        if self.subcommand == "predict" and not any(_has(given, writer) for writer in writers):
+            callbacks.append(CocoResultWriter() if isinstance(self.model, CaptioningTask) else PredictionWriter())
         if self.subcommand in ("fit", "validate", "test") and not _has(given, ResultsWriter):
             callbacks.append(ResultsWriter())
         if config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):

@@ -53,6 +53,6 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 def test_a_row_without_a_label_is_refused_by_its_text() -> None:
     labels = torch.tensor([[1, -100], [-100, -100]])
-    with pytest.raises(ValueError, match="1 of 2 rows have no token to learn.*'a dog'"):
+    with pytest.raises(ValueError, match=r"1 of 2 rows have no token to learn.*'a dog'"):
         refuse_masked(labels, ["a cat", "a dog"])
     refuse_masked(labels[:1], ["a cat"])

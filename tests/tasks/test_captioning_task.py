@@ -79,7 +79,9 @@ def test_text_noise_trains_on_texts_and_captions_images(tmp_path: Path) -> None:
     torch.testing.assert_close(noisy.norm(dim=-1), torch.ones(noisy.shape[:2]))
     torch.manual_seed(7)
     expected = F.normalize(features + 0.1 * torch.randn(50, *features.shape), dim=-1)
-    assert (noisy * features).sum(-1).mean().item() == pytest.approx((expected * features).sum(-1).mean().item(), abs=5e-3)
+    assert (noisy * features).sum(-1).mean().item() == pytest.approx(
+        (expected * features).sum(-1).mean().item(), abs=5e-3
+    )
 
     images = F.normalize(tiny_encoder().encode_image(batch["image"]), dim=-1)
     del made.captioner.loss
@@ -119,7 +121,9 @@ def test_fit_on_cached_features_equals_fit_on_pixels(aligned: Any, tmp_path: Pat
     hands = [EmojiDataset(hand, "novel") for hand in ("fluent_flat", "noto")]
     writer = FeatureWriter(str(tmp_path / "store"), "float32")
     embedding = EmbeddingTask(tiny_encoder(), aligned=str(aligned.path))
-    quiet_trainer(tmp_path, callbacks=[writer]).predict(embedding, MixedModalityDataModule(predict=hands, batch_size=64))
+    quiet_trainer(tmp_path, callbacks=[writer]).predict(
+        embedding, MixedModalityDataModule(predict=hands, batch_size=64)
+    )
     alike = AllowedOverlap(["caption", "image_id", "pixels"], "the same drawings")
     weights = []
     for sets in (hands, [FeatureStore(str(tmp_path / "store"), dataset) for dataset in hands]):
@@ -160,6 +164,32 @@ def test_predictions_name_their_images(tmp_path: Path) -> None:
     assert torch.cat([b["image_id"] for b in batches]).tolist() == images.image_id[:128].tolist()
     assert [key for b in batches for key in b["sample_key"]][5] == images.sample_key(5)
     assert all(isinstance(caption, str) for b in batches for caption in b["caption"])
+
+
+class Quiz(EmojiDataset):
+    """Asks which letter is right; it is B of every concept with an even number, else A."""
+
+    has_questions = True
+    captions_are_classes = True
+
+    def question(self, index: int) -> str:
+        return f"Which one? {index}"
+
+    def captions(self, index: int) -> list[str]:
+        return ["The answer is B." if self.image_id[index] % 2 == 0 else "The answer is A."]
+
+
+def test_multiple_choice_questions_are_scored_by_their_letter(tmp_path: Path) -> None:
+    made, asked = task(), []
+    made.captioner.generate = lambda x, questions, **k: (asked.extend(questions), ["B. a thing"] * len(x))[1]  # type: ignore[method-assign]
+    sets = [Quiz("noto", "novel")]
+    quiet_trainer(tmp_path).validate(made, MixedModalityDataModule(sets, {"quiz": sets}), verbose=False)
+    even = (sets[0].image_id % 2 == 0).mean()
+    assert made.results["quiz"]["IMG-Accuracy"] == pytest.approx(even)
+    assert 0.4 < even < 0.6
+    assert (made.results["quiz"]["questions"], made.results["quiz"]["unparsable"]) == (len(sets[0]), 0)
+    assert "generated_IMG-Accuracy" not in made.results["quiz"]
+    assert sorted(asked) == sorted(f"Which one? {i}" for i in range(len(sets[0])))
 
 
 def test_a_collapse_is_told(tmp_path: Path) -> None:

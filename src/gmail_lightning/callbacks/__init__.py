@@ -1,5 +1,7 @@
 """Callbacks: everything that draws, prints or writes files."""
 
+from gmail_lightning.callbacks.caption_gallery import CaptionGallery
+from gmail_lightning.callbacks.caption_results import CocoResultWriter
 from gmail_lightning.callbacks.dataset_writer import DatasetWriter
 from gmail_lightning.callbacks.feature_writer import FeatureWriter
 from gmail_lightning.callbacks.modality_gap import ModalityGapReport
@@ -9,6 +11,8 @@ from gmail_lightning.callbacks.results import CollapseError, CollapseGuard, Resu
 from gmail_lightning.callbacks.sample_grid import SampleGrid
 
 __all__ = [
+    "CaptionGallery",
+    "CocoResultWriter",
     "CollapseError",
     "CollapseGuard",
     "DatasetWriter",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from gmail_lightning.callbacks.modality_gap import ModalityGapReport, require_validation_before
 from gmail_lightning.tasks import BaseTask
@@ -26,7 +27,9 @@ class ResultsWriter(Callback):
 
     ``validate`` and ``test`` write ``validate_results.json`` and ``test_results.json``, with their ``checkpoint``.
     ``results`` holds the values of the last evaluation and ``step`` when it was; ``before`` those from before training,
-    where ``trainer.num_sanity_val_steps`` is -1; ``classes`` the accuracy of every class, from tasks that classify.
+    where ``trainer.num_sanity_val_steps`` is -1; ``classes`` the accuracy of every class, from tasks that classify;
+    ``reasons`` what could not be computed and why, and ``tokenizers`` which one split the captions of each set, ``java``
+    or ``python``, from tasks that caption. A value that is not a number is null.
     """
 
     def __init__(self) -> None:
@@ -54,6 +57,7 @@ class ResultsWriter(Callback):
             lines += [
                 f"  {k:<26}" + (f"{before[k]:>9.3f}" if k in before else "") + f"{v:>9.3f}" for k, v in shown.items()
             ]
+        lines += ["", *_lines(reasons)] if (reasons := _reasons(pl_module)) else []
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         rank_zero_info("\n".join([*lines, f"All values: {folder / 'results.json'}"]))
 
@@ -73,9 +77,15 @@ class ResultsWriter(Callback):
             content["before"] = self.before
         if classes := getattr(task, "class_accuracy", None):
             content["classes"] = classes
+        if tokenizers := getattr(task, "tokenizers", None):
+            content["tokenizers"] = tokenizers
+        if reasons := _reasons(task):
+            content["reasons"] = reasons
         folder.mkdir(parents=True, exist_ok=True)
         name = "results.json" if of_fit else f"{verb.value}_results.json"
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+        if reasons and not of_fit:  # a fit tells them at its end
+            rank_zero_warn("\n".join(["Not all could be computed.", *_lines(reasons)]))
 
     def state_dict(self) -> dict[str, Any]:
         """The state before training, so that a resumed run compares with the true beginning."""
@@ -84,6 +94,22 @@ class ResultsWriter(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See ``state_dict``."""
         self.before = state_dict["before"]
+
+
+def _reasons(task: LightningModule) -> dict[str, dict[str, str]]:
+    """What a task could not compute and why, by set and name; without the sets that lack nothing."""
+    return {name: reasons for name, reasons in getattr(task, "reasons", {}).items() if reasons}
+
+
+def _lines(reasons: dict[str, dict[str, str]]) -> list[str]:
+    return [f"{name}: {key}: {reason}" for name, missing in reasons.items() for key, reason in missing.items()]
+
+
+def _finite(content: Any) -> Any:
+    """The same with None in the place of NaN and infinity, which JSON does not know."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 class CollapseGuard(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal, cast
 
 import torch
@@ -60,7 +61,9 @@ class TransformerMapper(nn.Module):
     def __init__(self, image_dim: int, width: int, prefix_length: int, clip_length: int, num_layers: int) -> None:
         super().__init__()
         if width % HEADS:
-            raise ValueError(f"mapper: transformer has {HEADS} heads; the language model's width {width} is no multiple.")
+            raise ValueError(
+                f"mapper: transformer has {HEADS} heads; the language model's width {width} is no multiple."
+            )
         self.clip_length = clip_length
         self.transformer = nn.ModuleDict({"layers": nn.ModuleList(_Layer(width) for _ in range(num_layers))})
         self.linear = nn.Linear(image_dim, clip_length * width)
@@ -100,6 +103,9 @@ class ClipCap(Captioner):
         ValueError: If the language model stays as it is but is new, or the settings do not fit the file.
     """
 
+    gpt: Any
+    tokenizer: Any
+
     def __init__(
         self,
         image_dim: int = 512,
@@ -116,8 +122,7 @@ class ClipCap(Captioner):
         pretrained: str | None = None,
     ) -> None:
         super().__init__()
-        gpt, self.tokenizer, knows_language = build_language_model(language_model, tokenizer)
-        self.gpt: Any = gpt
+        self.gpt, self.tokenizer, knows_language = build_language_model(language_model, tokenizer)
         if not (tune_language_model or knows_language or pretrained):
             raise ValueError("tune_language_model: false needs a language model with weights; this one is new.")
         width = self.gpt.get_input_embeddings().embedding_dim
@@ -189,11 +194,15 @@ class ClipCap(Captioner):
     ) -> Tensor:
         """See ``Captioner``; the first word is predicted from the prefix alone."""
         self._refuse(questions)
-        labels, cut = caption_labels(self.tokenizer, captions, self.max_length, self.end_id if self.appends_end else None)
+        labels, cut = caption_labels(
+            self.tokenizer, captions, self.max_length, self.end_id if self.appends_end else None
+        )
         refuse_masked(labels, captions)
+        if cut and not self.truncated:
+            warnings.warn(f"A caption of more than max_length={self.max_length} tokens is cut.", stacklevel=2)
         self.truncated += cut
         labels = labels.to(image_features.device)
-        words = self.gpt.get_input_embeddings()(labels.clamp(min=0))
+        words: Tensor = self.gpt.get_input_embeddings()(labels.clamp(min=0))
         inputs = torch.cat([self.prefix(image_features), words], dim=1)
         seen = F.pad(labels >= 0, (self.prefix_length, 0), value=True)
         output = self.gpt(inputs_embeds=inputs, attention_mask=seen.long(), logits_to_keep=labels.shape[1] + 1)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from gmail_lightning.metrics import CaptionStatistics, CocoCaptionScore
+from gmail_lightning.metrics import CaptionStatistics, CocoCaptionScore, MultipleChoice
 from gmail_lightning.models import Captioner, DualEncoder, ImageEncoder, ModalityEncoder
 from gmail_lightning.models.modality import second_stage
 from gmail_lightning.tasks.base import BaseTask
@@ -86,8 +85,10 @@ class CaptioningTask(BaseTask):
         self.num_beams, self.max_new_tokens, self.length_penalty = num_beams, max_new_tokens, length_penalty
         #: Captions of the last evaluation batch, one per row: what the callbacks show.
         self.captions: list[str] = []
-        #: By evaluation set, what could not be computed and why, and which tokenizer was used.
+        #: By evaluation set, what could not be computed and why.
         self.reasons: dict[str, dict[str, str]] = {}
+        #: By evaluation set, which PTB tokenizer split its captions: ``java`` or ``python``.
+        self.tokenizers: dict[str, str] = {}
 
     @staticmethod
     def _check(encoder: ImageEncoder, captioner: Captioner, text_noise: float | None) -> None:
@@ -153,13 +154,14 @@ class CaptioningTask(BaseTask):
         )
 
     def build_metrics(self, eval_set: str) -> dict[str, Metric]:
-        """Caption scores and statistics, of each modality."""
+        """Caption scores and statistics, of each modality; accuracy where the data ask multiple choice questions."""
         fits = self.trainer.state.fn == TrainerFn.FITTING
         names = [name for name in self.score_names if not (fits and name in JAVA)]
         built: dict[str, Metric] = {}
         for which, prefix in ((Modality.REAL, ""), (Modality.GENERATED, "generated_")):
             built[which.name.lower()] = CocoCaptionScore(names, prefix=prefix)
             built[f"{which.name.lower()}_statistics"] = CaptionStatistics(prefix)
+            built[f"{which.name.lower()}_choices"] = MultipleChoice(prefix)
         return built
 
     def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
@@ -171,6 +173,10 @@ class CaptioningTask(BaseTask):
             references = [batch["references"][row] for row in rows.tolist()]
             metrics[which.name.lower()].update(written, references, ids=batch["row_id"][rows])
             metrics[f"{which.name.lower()}_statistics"].update(written)
+            answered = range(len(written)) if "question" in batch else ()
+            metrics[f"{which.name.lower()}_choices"].update(
+                [written[i] for i in answered], [references[i][0] for i in answered]
+            )
 
     def predict_step(self, batch: ImageTextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Captions of a batch: ``caption`` (B,), ``image_id`` (B,) and ``sample_key``."""
@@ -184,6 +190,7 @@ class CaptioningTask(BaseTask):
             name, scores = key.removeprefix(f"{stage}/"), cast(Any, metrics)
             real, generated = scores["real"], scores["generated"]
             self.reasons[name] = {**generated.reasons, **real.reasons}
+            self.tokenizers[name] = real.tokenizer_used or generated.tokenizer_used
             unique = self.results[name].get("unique_captions", 1.0)
             if unique < self.min_unique_captions and not self.trainer.sanity_checking:
                 rank_zero_warn(

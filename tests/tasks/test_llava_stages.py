@@ -1,0 +1,80 @@
+"""A LLaVA behind an alignment: the branches that its patch tokens go through, its two stages, what checkpoints keep."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
+
+from gmail_lightning.models import Llava
+from gmail_lightning.tasks import CaptioningTask
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model as a directory, with the emoji tokenizer."""
+    from gmail_lightning.models.language_model import build_language_model
+
+    torch.manual_seed(0)
+    model, tokenizer, _ = build_language_model(LLAMA, "emoji")
+    folder = tmp_path_factory.mktemp("language")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def task(language: Path, aligned: Any = None, **settings: Any) -> CaptioningTask:
+    torch.manual_seed(1)
+    captioner = Llava(language_model=str(language), image_dim=32, **settings)
+    return CaptioningTask(tiny_encoder(), captioner, aligned, num_beams=1, max_new_tokens=4, min_unique_captions=0.0)
+
+
+def test_patch_tokens_take_the_branch_of_their_modality(language: Path, aligned: Any) -> None:
+    made = task(language, str(aligned.path)).eval()
+    for parameter in made.captioner.parameters():  # far from the start, where the image hardly matters
+        torch.nn.init.normal_(parameter, std=0.3)
+    image, modality = torch.rand(4, 3, 32, 32), torch.tensor([1, 0, 0, 1])
+    batch = {"image": image, "modality": modality, "caption": ["a", "red", "cat", "tea"]}
+    plain = tiny_encoder().image_tokens(image, layer=-2)
+    other = aligned.task.encoder.encoder.image_tokens(image, layer=-2)
+    tokens = torch.where(modality[:, None, None].bool(), other, plain)
+    assert not torch.allclose(plain, other)
+    expected = made.captioner.loss(tokens, batch["caption"])
+    assert made.compute_losses(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    real_only = made.captioner.loss(plain, batch["caption"])
+    assert abs(expected.item() - real_only.item()) > 1e-4
+
+
+def test_the_second_stage_goes_on_from_the_first(language: Path, aligned: Any, tmp_path: Path) -> None:
+    first = task(language, str(aligned.path))
+    before = first.captioner.projector.linear_1.weight.detach().clone()
+    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    trainer.fit(first, emoji_data())
+    path = tmp_path / "stage1" / "checkpoints" / "last.ckpt"
+    trainer.save_checkpoint(path)
+    kept = torch.load(path, weights_only=True)["state_dict"]
+    assert {key.split(".")[1] for key in kept if key.startswith("captioner.")} == {"projector"}
+    assert not torch.equal(first.captioner.projector.linear_1.weight, before)
+
+    second = task(language, str(aligned.path), projector=str(tmp_path / "stage1"), tune="lora", lora_rank=2)
+    torch.testing.assert_close(second.captioner.projector.linear_1.weight, first.captioner.projector.linear_1.weight)
+    assert second.captioner.pretrained  # a language model with weights, and a projector that was trained
+    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=1)
+    trainer.fit(second, emoji_data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert any(".lora_B" in key for key in kept)
+    assert not any("base_layer" in key or "embed_tokens" in key for key in kept)
+
+    again = task(language, str(aligned.path), tune="lora", lora_rank=2)
+    trainer = quiet_trainer(tmp_path, limit_test_batches=1)
+    trainer.test(again, emoji_data(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert again.captions
+    for name, value in second.captioner.state_dict().items():
+        assert torch.equal(value, again.captioner.state_dict()[name]), name
