@@ -171,6 +171,8 @@ def test_normalised_prefixes_ignore_the_length_of_a_feature() -> None:
     assert not torch.allclose(tiny().prefix(feature), tiny().prefix(3 * feature))
     model = tiny(normalize_prefix=True)
     torch.testing.assert_close(model.prefix(feature), model.prefix(3 * feature))
+    wide, usual = (m.clip_project.model[0].weight for m in (model, tiny()))
+    torch.testing.assert_close(wide, 12**0.5 * usual)
 
 
 def test_a_language_model_that_is_kept_stays_in_eval_and_unchanged(tmp_path: Path) -> None:

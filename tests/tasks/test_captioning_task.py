@@ -200,6 +200,22 @@ def test_a_collapse_is_told(tmp_path: Path) -> None:
     assert made.results["novel"]["mean_length"] == 2.0
 
 
+def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path: Path) -> None:
+    made, modes = task(), []
+    loss, generate = made.captioner.loss, made.captioner.generate
+
+    def seen(call: Any) -> Any:
+        def noted(*args: Any, **settings: Any) -> Any:
+            modes.append((call is loss, made.captioner.gpt.transformer.drop.training, made.encoder.encoder.training))
+            return call(*args, **settings)
+
+        return noted
+
+    made.captioner.loss, made.captioner.generate = seen(loss), seen(generate)  # type: ignore[method-assign]
+    quiet_trainer(tmp_path, max_steps=2, val_check_interval=1, limit_val_batches=1).fit(made, emoji_data())
+    assert set(modes) == {(True, True, False), (False, False, False)}
+
+
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match=r"image_dim=512\), but OpenCLIPEncoder gives features of width 16"):
         task(captioner=captioner(image_dim=512))

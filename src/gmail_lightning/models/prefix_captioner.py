@@ -127,13 +127,17 @@ class ClipCap(Captioner):
             raise ValueError("tune_language_model: false needs a language model with weights; this one is new.")
         width = self.gpt.get_input_embeddings().embedding_dim
         if mapper == "mlp":
-            self.clip_project: nn.Module = MLPMapper(image_dim, width, prefix_length)
+            self.clip_project: Any = MLPMapper(image_dim, width, prefix_length)
+            first = self.clip_project.model[0]
         elif mapper == "transformer":
             self.clip_project = TransformerMapper(image_dim, width, prefix_length, clip_length, num_layers)
+            first = self.clip_project.linear
         elif mapper == "linear":
-            self.clip_project = nn.Linear(image_dim, width * prefix_length)
+            self.clip_project = first = nn.Linear(image_dim, width * prefix_length)
         else:
             raise ValueError(f"mapper={mapper!r}: give mlp, transformer or linear.")
+        if normalize_prefix:  # components of unit norm are sqrt(D) times smaller than what layers are drawn for
+            first.weight.data.mul_(image_dim**0.5)
         self.image_dim, self.prefix_length, self.normalize_prefix = image_dim, prefix_length, normalize_prefix
         self.tune_language_model, self.max_length = tune_language_model, max_length
         self.end_id = self.tokenizer.eos_token_id if stop is None else self._only_token(stop)
@@ -142,6 +146,7 @@ class ClipCap(Captioner):
         self.gpt.requires_grad_(tune_language_model)
         if pretrained is not None:
             self._load(pretrained)
+        self.eval()
 
     def _only_token(self, stop: str) -> int:
         ids: list[int] = self.tokenizer(stop, add_special_tokens=False).input_ids

@@ -119,6 +119,11 @@ class CaptioningTask(BaseTask):
         texts = {} if self.text_noise is None else {"text": self.encoder.text_spec}
         return InputSpec(image=self.encoder.image_spec, texts=texts)
 
+    def on_fit_start(self) -> None:
+        """Switches the captioner's dropout on: models of Hugging Face come in eval mode, and Lightning keeps modes."""
+        super().on_fit_start()
+        self.captioner.train()
+
     def encode_pixels(self, image: Tensor, modality: Tensor) -> Tensor:
         """Pooled features (n, D), or patch tokens (n, T, W), every modality through its branch."""
         if self.feature_layer is None:
