@@ -2,8 +2,9 @@
 
     python benchmarks/emoji_downstream.py [FOLDER]
 
-Runs ``recipes/emoji/align.yaml`` and, on top of it, ``retrieval.yaml``, ``linear_probe.yaml`` and ``zeroshot.yaml`` on
-three seeds each: as they are, with ``--model.init_args.aligned null`` and with real images alone. Prints a table.
+Runs ``recipes/emoji/align.yaml`` and, on top of it, ``retrieval.yaml``, ``linear_probe.yaml``, ``zeroshot.yaml`` and
+``caption_clipcap.yaml`` on three seeds each: as they are, with ``--model.init_args.aligned null`` and with real images
+alone; the captioner without any image, too (``text_only.yaml``). Prints a table.
 ``novel`` are concepts that the aligner never saw: the figure to quote. What lies in FOLDER already is not run again.
 """
 
@@ -21,6 +22,7 @@ ROWS = {
     "retrieval": ("i2t_R@1", "t2i_R@1", "i2t_R@5", "t2i_R@5"),
     "linear_probe": ("accuracy", "top5"),
     "zeroshot": ("accuracy", "mean_per_class"),
+    "caption_clipcap": ("CIDEr", "ROUGE_L", "Bleu_4"),
 }
 REAL = "--data.init_args.generated_fraction=0"
 
@@ -51,17 +53,20 @@ def main(folder: Path) -> int:
     settings = {"aligned": lambda seed: (f"--model.init_args.aligned={folder}/align-{seed}",)}
     settings["as_real"] = lambda seed: ("--model.init_args.aligned=null",)
     settings["real_only"] = lambda seed: ("--model.init_args.aligned=null", REAL)
+    settings["text_only"] = lambda seed: (f"--config={recipes_folder() / 'rivals/text_only.yaml'}",)
     for seed in SEEDS:
         run("align", seed, folder / f"align-{seed}")
         for recipe in ROWS:
             for name, overrides in settings.items():
+                if name == "text_only" and recipe != "caption_clipcap":
+                    continue
                 run(recipe, seed, folder / f"{recipe}-{name}-{seed}", *overrides(seed))
 
     def values(recipe: str, name: str, part: str, key: str) -> list[float]:
         files = [folder / f"{recipe}-{name}-{seed}" / "results.json" for seed in SEEDS]
         return [json.loads(file.read_text())["results"][part][key] for file in files]
 
-    print("| | generated as real | aligned | gain | real images alone |\n|---|---|---|---|---|")
+    print("| | generated as real | aligned | gain | real images alone | texts alone |\n|---|---|---|---|---|---|")
     lost = 0
     for part in ("novel", "paired"):
         for recipe, keys in ROWS.items():
@@ -71,7 +76,8 @@ def main(folder: Path) -> int:
                 )
                 gain = [b - a for a, b in zip(as_real, aligned, strict=True)]
                 lost += part == "paired" and statistics.mean(gain) <= 0
-                cells = (mean(as_real), mean(aligned), mean(gain, "+"), f"{statistics.mean(real):.3f}")
+                texts = mean(values(recipe, "text_only", part, key)) if recipe == "caption_clipcap" else ""
+                cells = (mean(as_real), mean(aligned), mean(gain, "+"), f"{statistics.mean(real):.3f}", texts)
                 print(f"| {part}: {recipe} {key} | {' | '.join(cells)} |")
     print(f"rows of paired without a gain: {lost} (goal 0)")
     return int(lost > 0)

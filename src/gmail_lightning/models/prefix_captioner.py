@@ -127,8 +127,8 @@ class ClipCap(Captioner):
             raise ValueError("tune_language_model: false needs a language model with weights; this one is new.")
         width = self.gpt.get_input_embeddings().embedding_dim
         if mapper == "mlp":
-            self.clip_project: Any = MLPMapper(image_dim, width, prefix_length)
-            first = self.clip_project.model[0]
+            self.clip_project: nn.Module = MLPMapper(image_dim, width, prefix_length)
+            first = cast(nn.Linear, self.clip_project.model[0])
         elif mapper == "transformer":
             self.clip_project = TransformerMapper(image_dim, width, prefix_length, clip_length, num_layers)
             first = self.clip_project.linear
