@@ -83,6 +83,7 @@ class ImageTextBatch(TypedDict, total=False):
     short_text_row: Tensor
     caption: list[str]  # (B,) the caption in use
     references: list[list[str]]  # (B,) all captions, in evaluation
+    question: list[str]  # (B,) what the caption answers, "" for nothing; absent where no data set asks
     modality: Tensor  # (B,) int64, Modality
     image_id: Tensor  # (B,) int64
     pair_id: Tensor  # (B,) int64

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_encoders import VOCABULARY, hf_config
 
-from gmail_lightning.models import HFCLIPEncoder
+from gmail_lightning.models import HFCLIPEncoder, HFImageEncoder, ModalityEncoder
+from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference
 from gmail_lightning.types import ImageSpec
 
 
@@ -104,3 +105,63 @@ def test_wrong_parts_are_refused(tiny, hf_tokenizer, saved, tmp_path) -> None:
     encoder.model.vision_model.save_pretrained(folder)  # half a model is no model
     with pytest.raises(ValueError, match=r"is a \w+ model; known families|lacks \d+ weights"):
         HFCLIPEncoder(str(folder))
+
+
+def test_the_tower_alone_is_that_of_the_dual_encoder(saved, pixels) -> None:
+    family, folder = saved
+    both, alone = HFCLIPEncoder(str(folder)).eval(), HFImageEncoder(str(folder)).eval()
+    assert (alone.image_spec, alone.mean, alone.std) == (both.image_spec, both.mean, both.std)
+    assert alone.pretrained
+    assert {parameter.dtype for parameter in alone.parameters()} == {torch.float32}
+    assert fingerprint_difference(fingerprint(both), fingerprint(alone)) is None
+    image = pixels(alone, 2)
+    with torch.no_grad():
+        for layer in (-1, -2, 0):
+            assert torch.equal(alone.image_tokens(image, layer), both.image_tokens(image, layer))
+        pooled = alone.encode_image(image)
+        joint = both.model.visual_projection(pooled) if family == "clip" else pooled
+        torch.testing.assert_close(joint, both.encode_image(image))
+    assert pooled.shape == (2, alone.embed_dim)
+    assert alone.lora_targets(("q",), "text") == []
+
+    branches = ModalityEncoder(both, rank=2), ModalityEncoder(alone, rank=2)
+    assert not branches[1].has_text
+    for branch in branches:  # adapters have the same names in both
+        torch.manual_seed(5)
+        for _, parameter in sorted(branch.image_adapters()):
+            torch.nn.init.normal_(parameter, std=0.1)
+    generated = torch.ones(2, dtype=torch.int64)
+    with torch.no_grad():
+        torch.testing.assert_close(*(branch.image_tokens(image, generated) for branch in branches))
+        assert not torch.equal(branches[1].image_tokens(image, generated), branches[1].image_tokens(image))
+
+
+def test_recomputed_activations_of_the_tower_alone(saved, pixels) -> None:
+    grads = []
+    for recompute in (False, True):
+        encoder = HFImageEncoder(str(saved[1]), grad_checkpointing=recompute)
+        encoder.image_tokens(pixels(encoder, 2)).sum().backward()
+        grads.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    for first, second in zip(*grads, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def test_towers_of_another_kind_or_without_weights_are_refused(saved, tmp_path_factory) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig
+
+    other = tmp_path_factory.mktemp("other")
+    AutoConfig.for_model("bert").save_pretrained(other)
+    with pytest.raises(ValueError, match="a tower of kind bert; known: clip_vision_model, siglip_vision_model"):
+        HFImageEncoder(str(other))
+    with pytest.raises(RuntimeError, match=r"(?s)no-such/model did not load.*HF_HUB_OFFLINE=1"):
+        HFImageEncoder("no-such/model")
+    _, folder = saved
+    AutoConfig.from_pretrained(folder).save_pretrained(other)
+    (other / "preprocessor_config.json").write_bytes((folder / "preprocessor_config.json").read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if not key.startswith("vision_model.encoder.layers.1.")}
+    assert len(kept) < len(weights)
+    save_file(kept, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks \d+ weights of its image tower"):
+        HFImageEncoder(str(other))

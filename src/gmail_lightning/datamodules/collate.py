@@ -42,6 +42,8 @@ class RowTable:
             weights = [np.ones(len(d)) if d.weight is None else d.weight for d in datasets]
             self.weight = np.concatenate(weights).astype(np.float32)
 
+        self.has_questions = any(dataset.has_questions for dataset in datasets)
+
     def __len__(self) -> int:
         return self.starts[-1]
 
@@ -106,6 +108,8 @@ def collate(
     }
     if table.label is not None:
         batch["label"] = torch.from_numpy(table.label[indices])
+    if table.has_questions:
+        batch["question"] = [dataset.question(row) or "" for dataset, row in rows]
     for values, row, is_cached in (("image", "image_row", False), ("image_features", "feature_row", True)):
         at = [i for i, picture in enumerate(pictures) if picture.is_cached is is_cached]
         if at:

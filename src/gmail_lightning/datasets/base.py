@@ -117,6 +117,7 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
             that start from a folder, a digest of that folder: ``0001.jpg`` below another one is another image.
         place: A digest of the folder of the images where it alone tells them from others of the same names and ids:
             generated images under the names of real ones. Cached features are compared by it, ids are not.
+        has_questions: Rows ask something, and their captions answer it.
         captions_are_classes: Captions are made of the names of classes, so that training may well have the same.
         feature_store: What the features that stand in for pixels were made with; None where the rows have pixels.
     """
@@ -133,6 +134,7 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
     not_for_training: str | None = None
     id_space: str = ""
     place: str = ""
+    has_questions: bool = False
     captions_are_classes: bool = False
     feature_store: dict[str, Any] | None = None
 
@@ -146,6 +148,10 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
     @abstractmethod
     def captions(self, index: int) -> list[str]:
         """Returns every caption of a row, at least one."""
+
+    def question(self, index: int) -> str | None:
+        """Returns what the captions of a row answer, None where nothing is asked."""
+        return None
 
     @abstractmethod
     def sample_key(self, index: int) -> str:

@@ -118,6 +118,9 @@ class FeatureStore(ImageTextDataset):
     def captions(self, index: int) -> list[str]:  # noqa: D102
         return self.dataset.captions(index)
 
+    def question(self, index: int) -> str | None:  # noqa: D102
+        return self.dataset.question(index)
+
     def sample_key(self, index: int) -> str:  # noqa: D102
         return self.dataset.sample_key(index)
 

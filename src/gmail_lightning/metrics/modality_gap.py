@@ -102,6 +102,10 @@ class ModalityGap(Metric):
     """``modality_gap`` over batches and ranks; rows come in any order and are joined by ``image_id``.
 
     Several generated rows may share one real image; the real image comes once.
+
+    Args:
+        ks: The values of k of generated-to-real retrieval.
+        prefix: Put before the name of every value.
     """
 
     full_state_update = False
@@ -109,9 +113,9 @@ class ModalityGap(Metric):
     modality: list[Tensor]
     image_id: list[Tensor]
 
-    def __init__(self, ks: Sequence[int] = (1, 5, 10)) -> None:
+    def __init__(self, ks: Sequence[int] = (1, 5, 10), prefix: str = "") -> None:
         super().__init__()
-        self.ks = tuple(ks)
+        self.ks, self.prefix = tuple(ks), prefix
         for name in ("features", "modality", "image_id"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
@@ -151,4 +155,5 @@ class ModalityGap(Metric):
     def compute(self) -> dict[str, Tensor]:
         """See ``modality_gap``."""
         generated, real, ids = self.pairs()
-        return modality_gap(generated, real, ids=ids, ks=self.ks)
+        values = modality_gap(generated, real, ids=ids, ks=self.ks)
+        return {self.prefix + name: value for name, value in values.items()}

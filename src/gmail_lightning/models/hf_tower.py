@@ -124,6 +124,7 @@ def _load_tower(model: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def tower_size(settings: Any) -> tuple[int, int]:
+    """Height and width of the pixels."""
     size = getattr(settings, "vision_config", settings).image_size
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -154,5 +155,6 @@ def image_tower(model: nn.Module) -> Any:
 
 
 def tower_layers(model: nn.Module, tower: Tower) -> nn.ModuleList:
+    """The blocks of a tower, first to last."""
     host = image_tower(model) if tower == "image" else cast(Any, model.text_model)
     return cast(nn.ModuleList, host.encoder.layers)

@@ -70,9 +70,7 @@ def build_language_model(
     return AutoModelForCausalLM.from_config(config).eval(), words, False
 
 
-def caption_labels(
-    tokenizer: Any, captions: list[str], max_length: int, end_id: int | None
-) -> tuple[Tensor, int]:
+def caption_labels(tokenizer: Any, captions: list[str], max_length: int, end_id: int | None) -> tuple[Tensor, int]:
     """Token ids of captions, shape (B, L), with -100 behind each, and how many captions were cut.
 
     Args:

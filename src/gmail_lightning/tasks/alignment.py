@@ -47,7 +47,8 @@ class AlignmentTask(BaseTask):
             as LLaVA read these tokens, which the pooled features reach only indirectly. The two images of a pair are
             different pictures of one caption, so that no patch belongs to a patch of the other; their means, which do
             not depend on where things are, do. The tower runs a second time for them.
-        patch_cosine_weight: Weight of 1 - paired cosine of the same means.
+        patch_cosine_weight: Weight of 1 - paired cosine of the same means. All means are alike to begin with, so that
+            InfoNCE alone moves them as a whole, and a captioner reads that: give it several times ``patch_weight``.
         patch_layer: Block of the tower; -2 is the last but one. Adapters behind it train with the other terms only.
         contrastive_chunk_size: Encode the batch in chunks of this many rows, with the exact gradients of one batch.
         optimizer: See ``BaseTask``.

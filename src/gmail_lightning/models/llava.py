@@ -1,0 +1,239 @@
+"""``Llava``: patch tokens of an image, projected, stand among the words of a language model's prompt."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gmail_lightning.losses.captioning import IGNORED, caption_loss, refuse_masked
+from gmail_lightning.models.base import Captioner
+from gmail_lightning.models.chat import ImageChat
+from gmail_lightning.models.language_model import written
+from gmail_lightning.models.llava_loading import llava_from_parts, load_llava, load_projector
+
+
+class _Inputs(NamedTuple):
+    """B rows, padded; on the CPU."""
+
+    ids: Tensor  # (B, L), the image placeholder T times
+    labels: Tensor  # (B, L), those of ``ids`` in the answers, else IGNORED
+    mask: Tensor  # (B, L) bool, False for padding
+
+
+class Llava(Captioner):
+    """LLaVA (arXiv 2304.08485, 2310.03744): a language model that reads the patch tokens of an image.
+
+    The tokens of one block of the encoder, without class token, go through a projector of two layers and take the place
+    of the image in a prompt, which the chat template of the tokenizer lays out. Only the answer is learned. The vision
+    tower is the task's encoder; ``HFImageEncoder`` builds that of a LLaVA directory.
+
+    Training has two stages: ``tune: projector`` with a language model that stays as it is, then ``lora`` or ``full``,
+    which go on with the ``projector`` of the first.
+
+    Args:
+        pretrained: Directory or hub id of a ``LlavaForConditionalGeneration``: its projector, language model, tokenizer
+            and layer. None: from parts.
+        language_model: Directory or hub id of any causal language model, or the settings of a new one; see
+            ``build_language_model``.
+        tokenizer: Its tokenizer, where it is another than the language model's; ``emoji`` ships with the package.
+        image_dim: Width W of the patch tokens: 1024 of ViT-L/14. Only with parts.
+        feature_layer: Block of the encoder that they are from; -2 is the last but one. Only with parts.
+        projector: Weights of a projector to begin with: a checkpoint of the first stage, the folder of its run, or
+            LLaVA's own ``mm_projector.bin``.
+        tune: What is trained: the ``projector``, or with it LoRA in all linear layers of the language model (``lora``),
+            or all of it (``full``).
+        lora_rank: Rank of LoRA.
+        lora_alpha: LoRA is scaled by ``lora_alpha / lora_rank``.
+        lora_dropout: Of LoRA's input.
+        dtype: Of the weights of the language model; ``bfloat16`` halves what a frozen one takes.
+        prompt: The question, where the data ask none.
+        chat_template: In Jinja, for a tokenizer that has none.
+        max_length: Longest sequence in training, image included. An answer that is cut is counted in ``truncated`` and
+            told once; nothing is learned of its end.
+        grad_checkpointing: Recompute the activations of the language model in the backward, block by block.
+
+    Raises:
+        ValueError: If the arguments contradict one another, or as ``ImageChat``, ``build_language_model`` and
+            ``load_llava``.
+    """
+
+    language_model: Any
+    tokenizer: Any
+    projector: nn.Module
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        language_model: str | dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        image_dim: int | None = None,
+        feature_layer: int = -2,
+        projector: str | None = None,
+        tune: Literal["projector", "lora", "full"] = "projector",
+        lora_rank: int = 128,
+        lora_alpha: float = 256.0,
+        lora_dropout: float = 0.05,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        prompt: str = "Provide a one-sentence caption for the provided image.",
+        chat_template: str | None = None,
+        max_length: int = 2048,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if (pretrained is None) == (language_model is None):
+            raise ValueError("Llava needs either pretrained, or language_model together with image_dim.")
+        if tune not in ("projector", "lora", "full"):
+            raise ValueError(f"tune={tune!r}: give projector, lora or full.")
+        if tune == "full" and dtype != "float32":
+            raise ValueError(f"tune: full trains the language model: hold it in float32, not {dtype}.")
+        if pretrained is not None:
+            if image_dim is not None:
+                raise ValueError("image_dim belongs to a model from parts; a pretrained one says it itself.")
+            parts = load_llava(pretrained, tokenizer)
+        else:
+            if image_dim is None:
+                raise ValueError("A Llava from parts needs image_dim, the width of the encoder's patch tokens.")
+            parts = llava_from_parts(cast(Any, language_model), tokenizer, image_dim, feature_layer)
+        if tune != "full" and not parts.knows_language:
+            raise ValueError(f"tune: {tune} needs a language model with weights, and this one is new: tune: full.")
+        self.language_model, self.projector, self.tokenizer = parts.language_model, parts.projector, parts.tokenizer
+        if projector is not None:
+            load_projector(self.projector, projector)
+        self.pretrained = pretrained is not None or (parts.knows_language and projector is not None)
+        self.tune, self.feature_layer = tune, parts.feature_layer
+        self.image_dim = int(cast(Any, self.projector).linear_1.in_features)
+        self.truncated = 0  # answers that were cut in training
+        self.max_length = min(max_length, getattr(self.language_model.config, "max_position_embeddings", max_length))
+        if chat_template is not None:
+            self.tokenizer.chat_template = chat_template
+        self.chat = ImageChat(self.tokenizer, parts.image_token, prompt)
+        self.language_model.to(getattr(torch, dtype))
+        self._set_trainable(lora_rank, lora_alpha, lora_dropout)
+        if grad_checkpointing:
+            self._checkpoint_blocks()
+
+    def _set_trainable(self, rank: int, alpha: float, dropout: float) -> None:
+        self.language_model.requires_grad_(self.tune == "full")
+        if self.tune == "lora":
+            from peft import LoraConfig
+
+            settings = LoraConfig(
+                r=rank,
+                lora_alpha=cast(int, alpha),
+                lora_dropout=dropout,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
+            self.language_model.add_adapter(settings)
+            for parameter in self.language_model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        self.projector.requires_grad_(True)
+
+    def _checkpoint_blocks(self) -> None:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        for module in self.language_model.modules():  # transformers' own switch works in train mode only
+            if isinstance(module, GradientCheckpointingLayer):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+    def train(self, mode: bool = True) -> Llava:
+        """Sets the mode; a language model that is not tuned stays in eval."""
+        super().train(mode)
+        if self.tune == "projector":
+            self.language_model.eval()
+        return self
+
+    def loss(
+        self,
+        image_features: Tensor,
+        captions: list[str],
+        questions: list[str] | None = None,
+        *,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """See ``Captioner``; a question that is empty is ``prompt``."""
+        self._check(image_features, captions)
+        inputs = self._inputs(questions or [""] * len(captions), captions, image_features.shape[1])
+        refuse_masked(inputs.labels, captions)
+        first = int((inputs.labels != IGNORED).any(dim=0).nonzero()[0])  # no logits are needed before the answers
+        output = self.language_model(
+            inputs_embeds=self._embed(inputs.ids, image_features),
+            attention_mask=inputs.mask.long().to(image_features.device),
+            logits_to_keep=inputs.labels.shape[1] - first + 1,
+            use_cache=False,
+        )
+        labels = inputs.labels[:, first:].to(image_features.device)
+        return caption_loss(
+            output.logits[:, -labels.shape[1] - 1 : -1], labels, weight=weight, label_smoothing=label_smoothing
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        image_features: Tensor,
+        questions: list[str] | None = None,
+        *,
+        num_beams: int = 5,
+        max_new_tokens: int = 67,
+        length_penalty: float = 1.0,
+    ) -> list[str]:
+        """See ``Captioner``."""
+        if len(image_features) == 0:
+            return []
+        questions = questions or [""] * len(image_features)
+        self._check(image_features, questions)
+        inputs = self._inputs(questions, None, image_features.shape[1])
+        return written(
+            self.language_model,
+            self.tokenizer,
+            self._embed(inputs.ids, image_features),
+            inputs.mask.long().to(image_features.device),
+            end_id=self.chat.end_id,
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            length_penalty=length_penalty,
+        )
+
+    def _check(self, image_features: Tensor, texts: list[str]) -> None:
+        if image_features.ndim != 3 or image_features.shape[::2] != (len(texts), self.image_dim):
+            raise ValueError(
+                f"Features of shape {tuple(image_features.shape)}, but this Llava reads patch tokens of shape "
+                f"({len(texts)}, T, {self.image_dim}): set image_dim to the width of the encoder's tower."
+            )
+
+    def _embed(self, ids: Tensor, image_features: Tensor) -> Tensor:
+        """Embeddings (B, L, width) of token ids (B, L), the projected patch tokens (B, T, W) in their places."""
+        ids = ids.to(image_features.device)
+        is_image = ids == self.chat.image_id
+        words = self.language_model.get_input_embeddings()(ids.masked_fill(is_image, 0))
+        tokens = self.projector(image_features.to(next(self.projector.parameters()).dtype))
+        return cast(Tensor, words.masked_scatter(is_image[..., None], tokens.to(words.dtype)))
+
+    def _inputs(self, questions: list[str], captions: list[str] | None, num_patches: int) -> _Inputs:
+        """Rows of prompt and answer, padded on the right; without captions of prompts, padded on the left."""
+        rows: list[list[int]] = []
+        starts, cut = [], 0  # where the answers begin; how many are cut
+        for prompt, answer in self.chat.tokens(questions, captions):
+            start = [token for i in prompt for token in ([i] * num_patches if i == self.chat.image_id else [i])]
+            rows.append(start + answer[: max(self.max_length - len(start), 0)])
+            starts.append(len(start))
+            cut += len(start) + len(answer) > self.max_length
+        if captions is not None and cut:
+            if not self.truncated:
+                warnings.warn(f"max_length={self.max_length} cuts {cut} of {len(rows)} answers.", stacklevel=3)
+            self.truncated += cut
+        length = max(map(len, rows))
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids, dtype=torch.bool)
+        for i, (row, first) in enumerate(zip(rows, starts, strict=True)):
+            at = slice(0, len(row)) if captions is not None else slice(length - len(row), length)
+            ids[i, at], mask[i, at] = torch.tensor(row), True
+            labels[i, first : len(row)] = ids[i, first : len(row)]
+        return _Inputs(ids, labels, mask)
