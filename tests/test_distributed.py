@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,7 @@ def test_two_processes_align_and_validate_as_one(tmp_path: Path) -> None:
     assert 0 < metrics["t2i_R@1"] < metrics["t2i_R@3"] < 1
     assert 0 < metrics["accuracy"] < 1
     torch.testing.assert_close(two["metrics"], metrics, equal_nan=True)
+    compare_captions(*(torch.load(tmp_path / f"captions-{name}.pt") for name in ("1-0", "2-0", "2-1")))
     seen = [torch.load(tmp_path / f"seen-2-{rank}.pt") for rank in (0, 1)]
     assert sorted([*seen[0], *seen[1]]) == sorted(torch.load(tmp_path / "seen-1-0.pt"))
     assert len(set(seen[0]) | set(seen[1])) == len(seen[0]) + len(seen[1]) == 2 * 373
@@ -128,3 +130,22 @@ def test_two_processes_align_and_validate_as_one(tmp_path: Path) -> None:
     assert features[0].shape == (2 * 373, 16)
     torch.testing.assert_close(*features, rtol=1e-5, atol=1e-6)
     assert (stores[0] / "rows.parquet").read_bytes() == (stores[1] / "rows.parquet").read_bytes()
+
+
+def compare_captions(one, first, second) -> None:
+    """Caption metrics of one process and of two ranks are the same floats; an error reaches both ranks."""
+    messages = [values.pop("conflict", None) for values in (one, first, second)]
+    assert one == first == second
+    assert one["image_ids"] == list(range(11))
+    assert all(len(scores) == 11 for scores in one["per_image"].values())
+    assert one["all"].keys() == one["alone"].keys() == one["per_image"].keys()
+    assert 0 < one["all"]["CIDEr"] != one["alone"]["CIDEr"]
+    if shutil.which("java") is not None:
+        assert (one["tokenizer"], one["reasons"]) == ("java", {})
+        assert 0 < one["all"]["METEOR"] != one["alone"]["METEOR"] > 0
+    assert messages[0] is None
+    assert (
+        messages[1]
+        == messages[2]
+        == "id 7 came twice with different captions: ['a man', 'a cat'] and ['a horse', 'a cat']."
+    )

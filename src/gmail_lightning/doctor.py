@@ -18,14 +18,14 @@ PACKAGES = (
 
 
 def report() -> str:
-    """Lines about packages, devices, Java, disk, the embedded data and the hub."""
+    """Lines about packages, devices, Java and its tools, disk, the embedded data and the hub."""
     lines = [f"python {platform.python_version()} on {platform.platform()}"]
     for package in PACKAGES:
         try:
             lines.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             lines.append(f"{package}: NOT INSTALLED")
-    return "\n".join([*lines, _torchvision(), *_devices(), _java(), _disk(), _embedded(), _hub()])
+    return "\n".join([*lines, _torchvision(), *_devices(), _java(), *_caption_metrics(), _disk(), _embedded(), _hub()])
 
 
 def _torchvision() -> str:
@@ -51,14 +51,48 @@ def _devices() -> list[str]:
 
 
 def _java() -> str:
-    java = shutil.which("java")
-    if java is None:
-        return "java: none (needed by METEOR, SPICE and the PTB tokenizer only)"
+    from gmail_lightning.metrics.java_tools import JavaError, find_java
+
     try:
+        java = find_java()
         answer = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=20)
+    except JavaError as error:
+        return f"java: {error}; without it METEOR and SPICE are nan, and captions are split by the Python tokenizer"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"java: {java} does not answer ({error})"
-    return f"java: {(answer.stderr or answer.stdout).splitlines()[0]}"
+    lines = (answer.stderr or answer.stdout).splitlines()
+    if answer.returncode or not lines:
+        return f"java: {java} does not work (exit code {answer.returncode}{f': {lines[-1]}' if lines else ''})"
+    return f"java: {lines[0]}"
+
+
+def _caption_metrics() -> list[str]:
+    """Whether the Java tools have their files; they run only where Java does."""
+    from gmail_lightning.metrics import java_tools, meteor
+
+    lines = []
+    for name, files in (
+        ("PTB tokenizer", (java_tools.PTB_JAR,)),
+        ("METEOR", (java_tools.METEOR_JAR, meteor.PARAPHRASES)),
+        ("SPICE", (java_tools.SPICE_JAR, *java_tools.SPICE_MODELS)),
+    ):
+        try:
+            for file in files:
+                java_tools.packaged(file)
+            lines.append(f"{name}: present")
+        except java_tools.JavaError as error:
+            lines.append(f"{name}: {error}")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    lines[-1] += f" (its heap may grow to {java_tools.SPICE_HEAP_GB} GB; this machine has {memory:.0f} GiB)"
+    return [*lines, f"caption cache: {_cache(java_tools.cache_folder())}"]
+
+
+def _cache(folder: Path) -> str:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        return f"{folder} cannot be written; METEOR takes some seconds longer in each evaluation"
+    made = any(folder.glob("meteor-*.arrow"))
+    return f"{folder}, {'with' if made else 'without'} METEOR's table{'' if made else ', made at its first use'}"
 
 
 def _disk() -> str:

@@ -3,6 +3,7 @@
 python task_ranks.py DEVICES FOLDER
 """
 
+import gzip
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from gmail_lightning.callbacks import FeatureWriter
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset
-from gmail_lightning.metrics import ImageTextRecall, ZeroShotAccuracy
+from gmail_lightning.metrics import CocoCaptionScore, ImageTextRecall, ZeroShotAccuracy, meteor
 from gmail_lightning.models import OpenCLIPEncoder
 from gmail_lightning.tasks import AlignmentTask, EmbeddingTask
 
@@ -75,6 +76,37 @@ def metric_values(rows: torch.Tensor) -> dict[str, torch.Tensor]:
     return {**computed, "per_class": accuracy.per_class()}
 
 
+def caption_values(rows: torch.Tensor, folder: Path) -> dict[str, object]:
+    """Caption metrics of these of 11 images; the last one is on every rank. Only rank 0 can run Java."""
+    nouns = ["man", "horse", "red bus", "dog", "tree", "guy", "person", "cat", "green hill", "pony", "house"]
+    table = folder / "paraphrases.gz"
+    table.write_bytes(gzip.compress(b"1\nman\nguy\n1\nhorse\npony\n1\nred bus\ngreen hill\n"))
+    load_table, path = meteor.load_table, os.environ["PATH"]
+    meteor.load_table = lambda source: meteor._read_table(table)  # the jar's own takes ten seconds
+    if dist.is_initialized() and dist.get_rank() > 0:
+        os.environ["PATH"] = str(folder)
+    try:
+        metric, alone, conflict = (CocoCaptionScore(("bleu", "meteor", "rouge", "cider")) for _ in range(3))
+        for batch in [*rows.split(2), torch.tensor([10])]:
+            predictions = [f"a {nouns[i]} by\u2028the {nouns[i - 1]} {'.' * i}" for i in batch.tolist()]
+            references = [[f"the {nouns[i - 5]} and a {nouns[i]}", f"some {nouns[i - 1]} " * 3] for i in batch.tolist()]
+            metric.update(predictions, references, batch)
+            first = [k for k, i in enumerate(batch.tolist()) if i in (0, 2, 4)]
+            if first:  # no other rank has an update
+                alone.update([predictions[k] for k in first], [references[k] for k in first], batch[first])
+        conflict.update([f"a {nouns[int(rows[0])]}"], [["a cat"]], torch.tensor([7]))
+        values = {"all": metric.compute(), "alone": alone.compute(), "reasons": metric.reasons | alone.reasons}
+        values["per_image"] = {name: scores.tolist() for name, scores in metric.per_image.items()}
+        values["image_ids"], values["tokenizer"] = metric.image_ids.tolist(), metric.tokenizer_used
+        try:
+            conflict.compute()
+        except ValueError as error:
+            values["conflict"] = str(error)
+        return values
+    finally:
+        os.environ["PATH"], meteor.load_table = path, load_table
+
+
 def main(devices: int, folder: Path) -> None:
     pl.seed_everything(0)
     task = Counting(OpenCLIPEncoder(config=TINY, merges="emoji"), targets=("q", "v", "fc1"), generated_text_weight=0.5)
@@ -92,6 +124,8 @@ def main(devices: int, folder: Path) -> None:
     embed(devices, folder, sets["novel"])
     metrics = metric_values(torch.arange(11)[trainer.global_rank :: devices])
     torch.save(task.seen, folder / f"seen-{devices}-{trainer.global_rank}.pt")
+    captions = caption_values(torch.arange(11)[trainer.global_rank :: devices], folder)
+    torch.save(captions, folder / f"captions-{devices}-{trainer.global_rank}.pt")
     if trainer.is_global_zero:
         weights = {name: p.detach() for name, p in task.named_parameters() if p.requires_grad}
         out = {
