@@ -28,8 +28,8 @@ class ResultsWriter(Callback):
     ``validate`` and ``test`` write ``validate_results.json`` and ``test_results.json``, with their ``checkpoint``.
     ``results`` holds the values of the last evaluation and ``step`` when it was; ``before`` those from before training,
     where ``trainer.num_sanity_val_steps`` is -1; ``classes`` the accuracy of every class, from tasks that classify;
-    ``reasons`` what could not be computed and why, and ``tokenizers`` which one split the captions of each set, ``java``
-    or ``python``, from tasks that caption. A value that is not a number is null.
+    from tasks that caption, ``reasons``, what could not be computed and why, and ``tokenizers``, which one split the
+    captions of each set, ``java`` or ``python``. A value that is not a number is null.
     """
 
     def __init__(self) -> None:

@@ -115,7 +115,7 @@ class Tokens:
 
     def ids_in(self, vocabulary: pa.Array) -> Array:
         """The tokens of all captions as ids of another vocabulary, -1 for those that it lacks."""
-        return _int64(pc.index_in(self.vocabulary, value_set=vocabulary).fill_null(-1))[self.ids]
+        return np.asarray(_int64(pc.index_in(self.vocabulary, value_set=vocabulary).fill_null(-1))[self.ids])
 
 
 def _int64(array: pa.Array) -> Array:
@@ -182,7 +182,7 @@ class ImageGrams:
 
     def frequency(self, gram: Array) -> Array:
         """The number of images that have the n-grams; 1 for -1, where 0 or 1 make no difference to any score."""
-        return np.append(self.images, 1)[gram]
+        return np.asarray(np.append(self.images, 1)[gram])
 
 
 def image_grams(tokens: Tokens, image: Array, orders: int) -> list[ImageGrams]:
