@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 from torch.nn import functional as F
 
@@ -13,7 +14,7 @@ from gmail_lightning.callbacks import FeatureWriter
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset, FeatureStore
 from gmail_lightning.metrics.java_tools import JavaError
-from gmail_lightning.models import ClipCap
+from gmail_lightning.models import ClipCap, Llava
 from gmail_lightning.tasks import CaptioningTask, EmbeddingTask
 from gmail_lightning.types import Modality
 
@@ -195,9 +196,75 @@ def test_multiple_choice_questions_are_scored_by_their_letter(tmp_path: Path) ->
 def test_a_collapse_is_told(tmp_path: Path) -> None:
     made = task(min_unique_captions=0.5)
     made.captioner.generate = lambda x, *a, **k: ["a thing"] * len(x)  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match=r"novel: only 0\.\d% of the captions differ.*ignores its images"):
+    with pytest.warns(
+        UserWarning, match=r"novel: only 0\.\d% of the captions of real images differ.*ignores its images"
+    ):
         quiet_trainer(tmp_path).validate(made, emoji_data(), verbose=False)
     assert made.results["novel"]["mean_length"] == 2.0
+
+
+def test_a_collapse_on_generated_images_is_told(tmp_path: Path) -> None:
+    made = task(min_unique_captions=0.5)
+    made.captioner.generate = lambda x, *a, **k: ["a thing"] * len(x)  # type: ignore[method-assign]
+    sets = [EmojiDataset("fluent_flat", "novel")]
+    with pytest.warns(UserWarning, match=r"captions of generated images differ"):
+        quiet_trainer(tmp_path).validate(made, MixedModalityDataModule(sets, {"novel": sets}), verbose=False)
+
+
+def test_java_alone_is_left_to_test(tmp_path: Path) -> None:
+    made = task(metrics=["meteor"])
+    quiet_trainer(tmp_path, max_steps=1, limit_val_batches=1, val_check_interval=1).fit(made, emoji_data())
+    assert "unique_captions" in made.results["novel"]
+    assert not {"METEOR", "CIDEr"} & made.results["novel"].keys()
+
+
+def test_adapters_that_the_captioner_does_not_read_stay_as_they_are(aligned: Any, tmp_path: Path) -> None:
+    """Of two blocks, tokens of the first: the adapters of the second, and the projection, are frozen."""
+    llama = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    reader = Llava(language_model={**llama, "num_attention_heads": 2}, tokenizer="emoji", image_dim=32, tune="full")
+    made = task(captioner=reader, aligned=str(aligned.path), train_adapters=True)
+    trained = {name for name, p in made.encoder.image_adapters() if p.requires_grad}
+    assert trained
+    assert all(name.startswith("encoder.lora.image.0.") for name in trained)
+    before = {name: p.detach().clone() for name, p in made.encoder.image_adapters()}
+    quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(made, emoji_data())
+    changed = {name for name, p in made.encoder.image_adapters() if not torch.equal(p, before[name])}
+    assert changed == trained
+
+
+def test_real_and_generated_batches_train_the_adapters_alike(aligned: Any, tmp_path: Path) -> None:
+    """A batch without generated rows gives the adapters no gradient, and is no error."""
+    made = task(aligned=str(aligned.path), train_adapters=True)
+    quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(made, emoji_data(generated_fraction=0.0))
+    assert all(p.grad is not None for p in made.encoder.parameters() if p.requires_grad)
+
+
+def saved_language_model(folder: Path, seed: int) -> str:
+    model = captioner(seed)
+    model.gpt.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_checkpoint_is_refused_by_another_captioner(tmp_path: Path) -> None:
+    """By another frozen language model of the same shape, and by a setting that no tensor shows."""
+    first, second = (saved_language_model(tmp_path / str(seed), seed) for seed in (0, 1))
+
+    def made(path: str, **settings: Any) -> CaptioningTask:
+        return task(captioner=captioner(language_model=path, tokenizer=None, tune_language_model=False, **settings))
+
+    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(made(first), emoji_data())
+    path = tmp_path / "c.ckpt"
+    trainer.save_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    assert not [key for key in content["state_dict"] if ".gpt." in key]
+
+    made(first).on_load_checkpoint(content)
+    with pytest.raises(MisconfigurationException, match=r"another frozen language model: \d of \d matrices"):
+        made(second).on_load_checkpoint(content)
+    with pytest.raises(MisconfigurationException, match="trained with normalize_prefix=False, and here it is True"):
+        made(first, normalize_prefix=True).on_load_checkpoint(content)
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path: Path) -> None:
@@ -219,8 +286,13 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path: Path) -> None
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match=r"image_dim=512\), but OpenCLIPEncoder gives features of width 16"):
         task(captioner=captioner(image_dim=512))
-    with pytest.raises(ValueError, match="is a variance"):
-        task(text_noise=-1.0)
+    for settings in ({"text_noise": -1.0}, {"num_beams": 0}, {"label_smoothing": 1.5}, {"max_new_tokens": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))}=.* is out of range"):
+            task(**settings)
+    with pytest.raises(ValueError, match="which reach no adapter"):
+        task(text_noise=0.1, train_adapters=True, aligned={"rank": 2})
+    with pytest.raises(ValueError, match="timeout"):
+        task(java_timeout=0.0)
     with pytest.raises(ValueError, match="blue"):
         task(metrics=("blue",))
     tokens = captioner()

@@ -158,6 +158,14 @@ class Captioner(nn.Module, ABC):
     feature_layer: int | None = None
     #: Width of the features or tokens that are read; None accepts any.
     image_dim: int | None = None
+    #: Captions that were cut in training so far, on this process.
+    truncated: int = 0
+    #: Arguments of the constructor that name files to begin with, which the task's checkpoint replaces.
+    initial_files: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, str | int | float | bool | None]:
+        """What writing depends on and no trained tensor shows; a checkpoint with other values is refused."""
+        return {}
 
     @abstractmethod
     def loss(

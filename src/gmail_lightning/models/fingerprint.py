@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmail_lightning.models.base import ROLES, ImageEncoder, Tower
 from gmail_lightning.models.lora import plain_parameter
 
 #: Relative to the standard deviation of a matrix; rounding to bf16 moves the statistics by about a tenth of it.
 TOLERANCE = 2**-7
-_STATISTICS = ("mean", "standard deviation", "wave")
+STATISTICS = ("mean", "standard deviation", "wave")
 
 
 def fingerprint(encoder: ImageEncoder, towers: Sequence[Tower] = ("image",)) -> dict[str, Any]:
@@ -33,24 +33,45 @@ def fingerprint(encoder: ImageEncoder, towers: Sequence[Tower] = ("image",)) -> 
         ``activation``, ``mean`` and ``std`` of the pixels, ``towers``, and ``weights``: three numbers per
         ``<tower>.<block>.<role>``.
     """
-    waves: dict[int, Tensor] = {}
-    weights = {}
-    for tower in towers:
-        for target in encoder.lora_targets(ROLES, tower):
-            matrix = plain_parameter(target.module, target.parameter).detach()[target.start : target.stop]
-            values = matrix.float().cpu().flatten()
-            if len(values) not in waves:
-                waves[len(values)] = torch.arange(len(values), dtype=torch.float64).cos().float()
-            wave = (values @ waves[len(values)]) * (2 / len(values)) ** 0.5
-            statistics = (values.mean(), values.std(), wave)
-            weights[f"{tower}.{target.block}.{target.role}"] = [float(value) for value in statistics]
+    matrices = {
+        f"{tower}.{target.block}.{target.role}": plain_parameter(target.module, target.parameter).detach()[
+            target.start : target.stop
+        ]
+        for tower in towers
+        for target in encoder.lora_targets(ROLES, tower)
+    }
     return {
         "activation": encoder.activation,
         "mean": [float(value) for value in encoder.mean],
         "std": [float(value) for value in encoder.std],
         "towers": list(towers),
-        "weights": weights,
+        "weights": _statistics(matrices),
     }
+
+
+def frozen_weights(module: nn.Module, count: int = 8, size: int = 2**20) -> dict[str, list[float]]:
+    """Statistics, as in ``fingerprint``, of matrices that do not train: what a checkpoint without them leans on.
+
+    Args:
+        module: A part of a task that is no encoder, such as a language model.
+        count: At most so many matrices, evenly spread over the module.
+        size: At most so many entries of each.
+    """
+    frozen = [(name, p) for name, p in module.named_parameters() if p.ndim == 2 and not p.requires_grad]
+    chosen = frozen[:: max(1, -(-len(frozen) // count))]
+    return _statistics({name: p.detach().flatten()[:size] for name, p in chosen})
+
+
+def _statistics(matrices: dict[str, Tensor]) -> dict[str, list[float]]:
+    waves: dict[int, Tensor] = {}
+    found = {}
+    for name, matrix in matrices.items():
+        values = matrix.float().cpu().flatten()
+        if len(values) not in waves:
+            waves[len(values)] = torch.arange(len(values), dtype=torch.float64).cos().float()
+        wave = (values @ waves[len(values)]) * (2 / len(values)) ** 0.5
+        found[name] = [float(value) for value in (values.mean(), values.std(), wave)]
+    return found
 
 
 def fingerprint_difference(first: dict[str, Any], second: dict[str, Any]) -> str | None:
@@ -60,20 +81,25 @@ def fingerprint_difference(first: dict[str, Any], second: dict[str, Any]) -> str
     for name in ("mean", "std"):
         if any(abs(a - b) > 1e-3 for a, b in zip(first[name], second[name], strict=True)):
             return f"pixel {name} {first[name]} against {second[name]}"
-    if first["weights"].keys() != second["weights"].keys():
-        only = sorted(first["weights"].keys() ^ second["weights"].keys())
+    return weights_difference(first["weights"], second["weights"])
+
+
+def weights_difference(first: dict[str, list[float]], second: dict[str, list[float]]) -> str | None:
+    """Says in one sentence how the statistics of matrices differ beyond bf16 rounding; None if they do not."""
+    if first.keys() != second.keys():
+        only = sorted(first.keys() ^ second.keys())
         return f"{len(only)} matrices that only one of them has: {', '.join(only[:6])}"
     differing = [
-        (abs(a - b) / max(first["weights"][key][1], second["weights"][key][1], 1e-12), key, name, a, b)
-        for key in first["weights"]
-        for name, a, b in zip(_STATISTICS, first["weights"][key], second["weights"][key], strict=True)
+        (abs(a - b) / max(first[key][1], second[key][1], 1e-12), key, name, a, b)
+        for key in first
+        for name, a, b in zip(STATISTICS, first[key], second[key], strict=True)
     ]
     beyond = [entry for entry in differing if not entry[0] <= TOLERANCE]
     if not beyond:
         return None
     _, key, name, a, b = max(beyond)
     count = len({entry[1] for entry in beyond})
-    return f"{count} of {len(first['weights'])} matrices, most in {key}: {name} {a:.5g} against {b:.5g}"
+    return f"{count} of {len(first)} matrices, most in {key}: {name} {a:.5g} against {b:.5g}"
 
 
 def fingerprint_digest(value: dict[str, Any]) -> str:

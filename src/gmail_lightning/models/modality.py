@@ -293,6 +293,22 @@ def second_stage(
     return model
 
 
+def freeze_behind(encoder: ModalityEncoder, layer: int) -> None:
+    """Freezes the adapters that patch tokens of a block do not pass: those of later blocks, and the projections.
+
+    Raises:
+        ValueError: If the image tower has no such block.
+    """
+    num_blocks = 1 + max(target.block for target in encoder.lora_targets(ROLES))
+    if not -num_blocks <= layer < num_blocks:
+        raise ValueError(
+            f"layer={layer}: the image tower has {num_blocks} blocks, from {-num_blocks} to {num_blocks - 1}."
+        )
+    for name, parameter in encoder.image_adapters():  # encoder.lora.image.<block>.<role>.<factor>, or a projection
+        if not name.startswith("encoder.lora.") or int(name.split(".")[3]) > layer % num_blocks:
+            parameter.requires_grad_(False)
+
+
 def _as_aligned(encoder: ImageEncoder, aligned: str, text: dict[str, Any], has_texts: bool) -> ModalityEncoder:
     if not isinstance(aligned, str):
         raise ValueError(f"aligned={aligned!r}: give a string, which a checkpoint can record.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,10 +16,12 @@ from torchmetrics import Metric
 
 from gmail_lightning.metrics import CaptionStatistics, CocoCaptionScore, MultipleChoice
 from gmail_lightning.models import Captioner, DualEncoder, ImageEncoder, ModalityEncoder
-from gmail_lightning.models.modality import second_stage
+from gmail_lightning.models.fingerprint import frozen_weights, weights_difference
+from gmail_lightning.models.modality import freeze_behind, second_stage
 from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
+PREFIXES = {Modality.REAL: "", Modality.GENERATED: "generated_"}
 JAVA = ("meteor", "spice")  # minutes of Java, not at every validation of a fit
 
 
@@ -45,13 +48,17 @@ class CaptioningTask(BaseTask):
         max_new_tokens: Longest caption that is written.
         length_penalty: Captions are ranked by log-probability / length ** length_penalty.
         min_unique_captions: An evaluation with a smaller share of different captions warns of a collapse.
+        java_timeout: Seconds that the Java tools of one evaluation set and modality may take together. Other ranks wait
+            so long, and NCCL gives up after 600 seconds unless told otherwise; SPICE of thousands of images needs more
+            than the default at its first run.
         optimizer: See ``BaseTask``.
         scheduler: See ``BaseTask``.
         warmup_steps: See ``BaseTask``.
 
     Raises:
-        ValueError: As ``second_stage``; if the captioner reads features of another width; or if ``text_noise`` meets an
-            encoder without text tower, or a captioner of patch tokens.
+        ValueError: As ``second_stage``; if a setting is out of its range or the captioner reads features of another
+            width; or if ``text_noise`` meets an encoder without text tower, a captioner of patch tokens, or
+            ``train_adapters``.
     """
 
     uses_weights = True
@@ -70,28 +77,38 @@ class CaptioningTask(BaseTask):
         max_new_tokens: int = 67,
         length_penalty: float = 1.0,
         min_unique_captions: float = 0.1,
+        java_timeout: float = 300.0,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
     ) -> None:
         super().__init__(optimizer, scheduler, warmup_steps)
         self.record_hyperparameters()
-        self._check(encoder, captioner, text_noise)
-        CocoCaptionScore(metrics)  # refuses unknown names now, not after the first epoch
+        for name, value, least in (
+            ("num_beams", num_beams, 1), ("max_new_tokens", max_new_tokens, 1), ("text_noise", text_noise or 0.0, 0),
+            ("label_smoothing", label_smoothing, 0), ("min_unique_captions", min_unique_captions, 0),
+        ):  # fmt: skip
+            if value < least or (name in ("label_smoothing", "min_unique_captions") and value > 1):
+                raise ValueError(f"{name}={value} is out of range.")
+        self._check(encoder, captioner, text_noise, train_adapters)
+        CocoCaptionScore(metrics, timeout=java_timeout)  # refuses unknown names now, not after the first epoch
         self.encoder = second_stage(encoder, aligned, train_adapters=train_adapters)
+        if train_adapters and captioner.feature_layer is not None:
+            freeze_behind(self.encoder, captioner.feature_layer)
         self.captioner, self.feature_layer = captioner, captioner.feature_layer
         self.text_noise, self.label_smoothing = text_noise, label_smoothing
         self.score_names, self.min_unique_captions = list(metrics), min_unique_captions
+        self.java_timeout, self.train_adapters = java_timeout, train_adapters
         self.num_beams, self.max_new_tokens, self.length_penalty = num_beams, max_new_tokens, length_penalty
         #: Captions of the last evaluation batch, one per row: what the callbacks show.
         self.captions: list[str] = []
         #: By evaluation set, what could not be computed and why.
         self.reasons: dict[str, dict[str, str]] = {}
-        #: By evaluation set, which PTB tokenizer split its captions: ``java`` or ``python``.
+        #: By evaluation set, which PTB tokenizer split its captions: ``java``, ``python``, or each in one modality.
         self.tokenizers: dict[str, str] = {}
 
     @staticmethod
-    def _check(encoder: ImageEncoder, captioner: Captioner, text_noise: float | None) -> None:
+    def _check(encoder: ImageEncoder, captioner: Captioner, text_noise: float | None, train_adapters: bool) -> None:
         name = type(captioner).__name__
         if captioner.feature_layer is None and captioner.image_dim not in (None, encoder.embed_dim):
             raise ValueError(
@@ -100,8 +117,8 @@ class CaptioningTask(BaseTask):
             )
         if text_noise is None:
             return
-        if text_noise < 0:
-            raise ValueError(f"text_noise={text_noise} is a variance: it is not negative.")
+        if train_adapters:
+            raise ValueError("text_noise trains on texts, which reach no adapter: leave train_adapters out.")
         if captioner.feature_layer is not None or not isinstance(encoder, DualEncoder):
             raise ValueError(
                 "text_noise trains on text features in place of pooled image features: it needs an encoder with a text "
@@ -131,7 +148,7 @@ class CaptioningTask(BaseTask):
         return self.encoder.image_tokens(image, modality, layer=self.feature_layer)
 
     def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
-        """Negative log-likelihood of the captions, weighted by row where the data have weights."""
+        """Negative log-likelihood of the captions, weighted by row where the data have weights; how many were cut."""
         if self.text_noise is None:
             features = self.encode_images(batch)
         else:
@@ -145,7 +162,10 @@ class CaptioningTask(BaseTask):
             weight=batch.get("weight"),
             label_smoothing=self.label_smoothing,
         )
-        return {"loss": loss}
+        if self.train_adapters:  # a batch of real rows alone does not pass them; DDP waits for a gradient
+            loss = loss + 0.0 * sum(p.sum() for _, p in self.encoder.image_adapters() if p.requires_grad)
+        cut = self.captioner.truncated
+        return {"loss": loss, **({"truncated": torch.tensor(float(cut))} if cut else {})}
 
     def write(self, batch: ImageTextBatch) -> list[str]:
         """Captions of a batch, one per row."""
@@ -163,8 +183,10 @@ class CaptioningTask(BaseTask):
         fits = self.trainer.state.fn == TrainerFn.FITTING
         names = [name for name in self.score_names if not (fits and name in JAVA)]
         built: dict[str, Metric] = {}
-        for which, prefix in ((Modality.REAL, ""), (Modality.GENERATED, "generated_")):
-            built[which.name.lower()] = CocoCaptionScore(names, prefix=prefix)
+        for which, prefix in PREFIXES.items():
+            if names:
+                scores = CocoCaptionScore(names, prefix=prefix, timeout=self.java_timeout)
+                built[f"{which.name.lower()}_scores"] = scores
             built[f"{which.name.lower()}_statistics"] = CaptionStatistics(prefix)
             built[f"{which.name.lower()}_choices"] = MultipleChoice(prefix)
         return built
@@ -176,12 +198,13 @@ class CaptioningTask(BaseTask):
             rows = (batch["modality"] == which).nonzero().flatten()
             written = [self.captions[row] for row in rows.tolist()]
             references = [batch["references"][row] for row in rows.tolist()]
-            metrics[which.name.lower()].update(written, references, ids=batch["row_id"][rows])
-            metrics[f"{which.name.lower()}_statistics"].update(written)
-            answered = range(len(written)) if "question" in batch else ()
-            metrics[f"{which.name.lower()}_choices"].update(
-                [written[i] for i in answered], [references[i][0] for i in answered]
-            )
+            name, ids = which.name.lower(), batch["row_id"][rows]
+            if f"{name}_scores" in metrics:
+                metrics[f"{name}_scores"].update(written, references, ids=ids)
+            metrics[f"{name}_statistics"].update(written)
+            questions = batch.get("question", [""] * len(batch["modality"]))
+            asked = [i for i, row in enumerate(rows.tolist()) if questions[row]]
+            metrics[f"{name}_choices"].update([written[i] for i in asked], [references[i][0] for i in asked])
 
     def predict_step(self, batch: ImageTextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Captions of a batch: ``caption`` (B,), ``image_id`` (B,) and ``sample_key``."""
@@ -192,14 +215,46 @@ class CaptioningTask(BaseTask):
         for key, metrics in self.metrics.items():
             if not key.startswith(f"{stage}/"):
                 continue
-            name, scores = key.removeprefix(f"{stage}/"), cast(Any, metrics)
-            real, generated = scores["real"], scores["generated"]
-            self.reasons[name] = {**generated.reasons, **real.reasons}
-            self.tokenizers[name] = real.tokenizer_used or generated.tokenizer_used
-            unique = self.results[name].get("unique_captions", 1.0)
-            if unique < self.min_unique_captions and not self.trainer.sanity_checking:
-                rank_zero_warn(
-                    f"{name}: only {unique:.1%} of the captions differ from one another (min_unique_captions="
-                    f"{self.min_unique_captions}). The captioner ignores its images: a lower rate, a warm-up, or "
-                    "normalize_prefix may help."
+            name, parts = key.removeprefix(f"{stage}/"), cast(Any, metrics)
+            scores = [
+                parts[f"{which.name.lower()}_scores"] for which in Modality if f"{which.name.lower()}_scores" in parts
+            ]
+            self.reasons[name] = {k: reason for score in scores for k, reason in score.reasons.items()}
+            used = {score.tokenizer_used for score in scores if score.tokenizer_used}
+            self.tokenizers[name] = " and ".join(sorted(used))
+            for which, prefix in PREFIXES.items():
+                unique = self.results[name].get(f"{prefix}unique_captions", 1.0)
+                if unique < self.min_unique_captions and not self.trainer.sanity_checking:
+                    rank_zero_warn(
+                        f"{name}: only {unique:.1%} of the captions of {which.name.lower()} images differ from one "
+                        f"another (min_unique_captions={self.min_unique_captions}). The captioner ignores its images: "
+                        "a lower rate, a warm-up, or normalize_prefix may help."
+                    )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what writing depends on and the trained tensors do not show, and frees it from the files begun with."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["captioner"] = {
+            "settings": self.captioner.describe(), "frozen": frozen_weights(self.captioner)
+        }  # fmt: skip
+        recorded = checkpoint.get("hyper_parameters", {}).get("captioner")
+        if isinstance(recorded, dict):
+            for name in self.captioner.initial_files:
+                recorded.get("init_args", {}).pop(name, None)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a captioner that would write otherwise than the one that was trained."""
+        super().on_load_checkpoint(checkpoint)
+        recorded = checkpoint.get("captioner", {"settings": {}, "frozen": {}})
+        here = self.captioner.describe()
+        for name, value in recorded["settings"].items():
+            if here.get(name) != value:
+                raise MisconfigurationException(
+                    f"The captioner of the checkpoint was trained with {name}={value!r}, and here it is "
+                    f"{here.get(name)!r}. Give the setting that it was trained with."
                 )
+        difference = weights_difference(recorded["frozen"], frozen_weights(self.captioner))
+        if difference is not None:
+            raise MisconfigurationException(
+                f"The checkpoint was trained on another frozen language model: {difference}. Give that one."
+            )
