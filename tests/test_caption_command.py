@@ -1,4 +1,4 @@
-"""Captions by the command: fit, test and predict of the embedded recipe, and the checkpoint without its surroundings."""
+"""Captions by the command: fit, predict and validate of the embedded recipe, and its checkpoint by itself."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ ALIGN = [
 ]  # fmt: skip
 
 
-def test_fit_test_and_predict_write_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_predict_and_validate_write_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GMAIL_LIGHTNING_RUN_DIR", raising=False)
     assert main(["fit", *ALIGN]) == 0

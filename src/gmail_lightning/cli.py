@@ -113,7 +113,7 @@ class GmailCLI(LightningCLI):
         _set_writer(config)
         folder = self._run_folder(config)
         config.trainer.default_root_dir = str(folder)
-        _take_alignment_from_checkpoint(config)
+        _drop_files_in_checkpoint(config)
         if config.trainer.logger in (None, True):
             config.trainer.logger = [
                 {
@@ -193,16 +193,20 @@ def _is_missing_file(checkpoint: str) -> bool:
     return "://" not in checkpoint and not checkpoint.startswith(words) and not Path(checkpoint).exists()
 
 
-def _take_alignment_from_checkpoint(config: Any) -> None:
-    """A task that is loaded has its adapters in its own checkpoint: no file of the alignment is needed again."""
+def _drop_files_in_checkpoint(config: Any) -> None:
+    """What a task is loaded with is in its own checkpoint: no file of an earlier stage is needed again."""
     settings = config.model.get("init_args") or {}
-    if not isinstance(settings.get("aligned"), str) or not config.get("ckpt_path"):
+    captioner = (settings.get("captioner") or {}).get("init_args") or {}
+    if not (isinstance(settings.get("aligned"), str) or captioner) or not config.get("ckpt_path"):
         return
     if Path(config.ckpt_path).is_file():
         content = torch.load(config.ckpt_path, map_location="cpu", mmap=True, weights_only=True)
-        recorded = content.get("hyper_parameters", {}).get("aligned", settings["aligned"])
-        if not isinstance(recorded, str):
-            settings["aligned"] = recorded
+        recorded = content.get("hyper_parameters", {})
+        aligned = settings.get("aligned")
+        if isinstance(aligned, str) and not isinstance(recorded.get("aligned", aligned), str):
+            settings["aligned"] = recorded["aligned"]
+        for name in content.get("captioner", {}).get("initial_files", ()):
+            captioner.pop(name, None)
 
 
 def _set_writer(config: Any) -> None:

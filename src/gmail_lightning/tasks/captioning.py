@@ -216,9 +216,7 @@ class CaptioningTask(BaseTask):
             if not key.startswith(f"{stage}/"):
                 continue
             name, parts = key.removeprefix(f"{stage}/"), cast(Any, metrics)
-            scores = [
-                parts[f"{which.name.lower()}_scores"] for which in Modality if f"{which.name.lower()}_scores" in parts
-            ]
+            scores = [part for part in parts.values() if isinstance(part, CocoCaptionScore)]
             self.reasons[name] = {k: reason for score in scores for k, reason in score.reasons.items()}
             used = {score.tokenizer_used for score in scores if score.tokenizer_used}
             self.tokenizers[name] = " and ".join(sorted(used))
@@ -235,12 +233,15 @@ class CaptioningTask(BaseTask):
         """Adds what writing depends on and the trained tensors do not show, and frees it from the files begun with."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["captioner"] = {
-            "settings": self.captioner.describe(), "frozen": frozen_weights(self.captioner)
-        }  # fmt: skip
-        recorded = checkpoint.get("hyper_parameters", {}).get("captioner")
-        if isinstance(recorded, dict):
-            for name in self.captioner.initial_files:
-                recorded.get("init_args", {}).pop(name, None)
+            "settings": self.captioner.describe(),
+            "frozen": frozen_weights(self.captioner),
+            "initial_files": list(self.captioner.initial_files),
+        }
+        settings = checkpoint.get("hyper_parameters", {})
+        if isinstance(settings.get("captioner"), dict):
+            given = settings["captioner"].get("init_args", {})
+            kept = {name: value for name, value in given.items() if name not in self.captioner.initial_files}
+            settings["captioner"] = {**settings["captioner"], "init_args": kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a captioner that would write otherwise than the one that was trained."""
