@@ -75,3 +75,10 @@ def test_an_evaluation_writes_and_tells_them(verb: str, reasons: Any, tmp_path: 
     told = [str(warning.message) for warning in recwarn if "Not all could be computed" in str(warning.message)]
     expected = f"Not all could be computed.\nnovel: METEOR: {JAVA}\nnovel: SPICE: no jar"
     assert told == ([expected] if some else [])
+
+
+def test_a_fit_that_ends_before_its_first_evaluation_says_so(tmp_path: Path) -> None:
+    settings = {"max_steps": 1, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    with pytest.warns(UserWarning, match="No evaluation was run"):
+        quiet_trainer(tmp_path, callbacks=[ResultsWriter()], **settings).fit(EchoTask(), emoji_data())
+    assert not (tmp_path / "results.json").exists()

@@ -222,3 +222,22 @@ def test_integer_columns_are_not_copied_through_floats(folder: Path) -> None:
     for kind in KINDS:
         data = ManifestDataset(write(folder / f"rows.{kind}", rows), modality="real")
         assert np.array_equal(data.pair_id, [large, -1]), kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_and_questions(folder: Path, kind: str) -> None:
+    rows = [
+        {**row, "weight": w, "question": q}
+        for row, w, q in zip(ROWS, (0.5, 0, 2), ("What?\n", None, "Who?"), strict=True)
+    ]
+    data = ManifestDataset(write(folder / f"rows.{kind}", rows))
+    assert data.weight is not None
+    assert data.weight.tolist() == [0.5, 0.0, 2.0]
+    assert data.has_questions
+    assert [data.question(i) for i in range(3)] == ["What?", "", "Who?"]
+    plain = ManifestDataset(write(folder / f"plain.{kind}", ROWS))
+    assert (plain.weight, plain.has_questions, plain.question(0)) == (None, False, None)
+    for wrong in (-1, None) if kind == "parquet" else (-1, None, "much"):
+        bad = [{**row, "weight": w} for row, w in zip(ROWS, (1, wrong, 1), strict=True)]
+        with pytest.raises(DataError, match=r"row 2 .*weight is no number from 0 up"):
+            ManifestDataset(write(folder / f"bad.{kind}", bad))

@@ -47,6 +47,10 @@ class ResultsWriter(Callback):
         """Shows the values of the real images, and where all are."""
         results, running = cast(BaseTask, pl_module).results, cast(Any, trainer)
         shown_elsewhere = any(isinstance(callback, ModalityGapReport) for callback in running.callbacks)
+        if not results and trainer.enable_validation and not running.fast_dev_run:
+            rank_zero_warn(
+                "No evaluation was run: there is no results.json. Set trainer.val_check_interval below the steps."
+            )
         if running.fast_dev_run or not results or shown_elsewhere:
             return
         lines = []

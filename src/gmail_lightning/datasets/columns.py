@@ -53,6 +53,14 @@ def integers_or_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return column.cast(pa.string())
 
 
+def numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Floating point; what is empty or no number is null."""
+    if pa.types.is_string(column.type):
+        number = pc.match_substring_regex(column, r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$")
+        column = pc.utf8_trim_whitespace(pc.if_else(number, column, pa.scalar(None, pa.string())))
+    return column.cast(pa.float64())
+
+
 def read_columns(path: Path, kinds: dict[str, Kind]) -> tuple[dict[str, pa.ChunkedArray], list[str]]:
     """Reads the columns named in ``kinds``, as far as they are there, and the names of all columns.
 

@@ -21,7 +21,15 @@ from gmail_lightning.datasets.base import (
     one_line,
     stable_ids,
 )
-from gmail_lightning.datasets.columns import Kind, integers_or_texts, paths_or_bytes, read_columns, text_lists, texts
+from gmail_lightning.datasets.columns import (
+    Kind,
+    integers_or_texts,
+    numbers,
+    paths_or_bytes,
+    read_columns,
+    text_lists,
+    texts,
+)
 from gmail_lightning.types import Modality
 
 
@@ -30,8 +38,9 @@ class ManifestDataset(ImageTextDataset):
 
     Columns, all but the first two optional: ``image`` (a path, or the encoded bytes in Parquet); ``caption`` (a text)
     or ``captions`` (a list of texts); ``modality`` (real, generated, 0, 1); ``image_id`` (by default, rows of one path
-    have one id); ``pair_id`` (integers or texts; empty for none); ``label`` (integers, or class names); ``source``
-    (name of the generator); ``key`` (unique; by default the path and the row's number).
+    have one id); ``pair_id`` (integers or texts; empty for none); ``label`` (integers, or class names); ``weight`` (of
+    the row in the loss, for tasks whose ``uses_weights`` is True); ``question`` (that the caption answers; empty for
+    none); ``source`` (name of the generator); ``key`` (unique; by default the path and the row's number).
 
     Args:
         path: A file ending in .jsonl, .csv, .tsv or .parquet, UTF-8.
@@ -58,7 +67,8 @@ class ManifestDataset(ImageTextDataset):
         self.path = Path(path)
         self.image_root = self.path.parent if image_root is None else Path(image_root)
         kinds: dict[str, Kind] = {image_key: paths_or_bytes, "captions": text_lists, caption_key: text_lists}
-        kinds |= dict.fromkeys(("key", "source", "modality"), texts)
+        kinds |= dict.fromkeys(("key", "source", "modality", "question"), texts)
+        kinds["weight"] = numbers
         kinds |= dict.fromkeys(("image_id", "pair_id", "label"), integers_or_texts)
         columns, found = read_columns(self.path, kinds)
         if caption_key == "caption" and "caption" not in columns and "captions" in columns:
@@ -72,7 +82,8 @@ class ManifestDataset(ImageTextDataset):
                 hint = "Add the column, or give modality='real' or 'generated' for the whole file."
             raise DataError(f"{self.path}: no column {', '.join(missing)} (found: {', '.join(found)}). {hint}")
         self._image, self._caption = columns[image_key], columns[caption_key]
-        self._key, self._source = columns.get("key"), columns.get("source")
+        self._key, self._source, self._question = columns.get("key"), columns.get("source"), columns.get("question")
+        self.has_questions = self._question is not None
         self._whole_source = source
         if len(self._image) == 0:
             raise DataError(f"{self.path}: no rows.")
@@ -98,6 +109,10 @@ class ManifestDataset(ImageTextDataset):
         self.pair_id = _ids(columns["pair_id"]) if "pair_id" in columns else np.full(length, -1)
         if "label" in columns:
             self._read_labels(columns["label"])
+        if "weight" in columns:
+            bad = pc.invert(pc.and_(pc.is_finite(columns["weight"]), pc.greater_equal(columns["weight"], 0.0)))
+            self._refuse(bad, "weight is no number from 0 up. Fill it in, or leave the column out")
+            self.weight = columns["weight"].to_numpy().astype(np.float32)
 
     @property
     def _holds_bytes(self) -> bool:
@@ -148,6 +163,9 @@ class ManifestDataset(ImageTextDataset):
                 block = chunk.slice(offset, CAPTION_BLOCK)
                 yield block.flatten(), start + offset + pc.list_parent_indices(block).to_numpy().astype(np.int64)
             start += len(chunk)
+
+    def question(self, index: int) -> str | None:  # noqa: D102
+        return None if self._question is None else one_line(self._question[index].as_py() or "")
 
     def sample_key(self, index: int) -> str:  # noqa: D102
         if self._key is not None:

@@ -59,7 +59,7 @@ class TarShards(ImageTextDataset):
         source: Name of the generator, over what the manifest says.
         weight: ``clip_score`` gives each row the weight clamp(alpha * CLIPScore / 2.5, 0, 1) with alpha 2.5: the cosine
             of image and caption, as PCM-Net has it (github.com/jianjieluo/PCM-Net). For tasks whose ``uses_weights`` is
-            True, such as ``TextToImageTask``; contrastive tasks refuse weights.
+            True, such as ``CaptioningTask``; contrastive tasks refuse weights.
         repaired: Shows each caption with the image that ``gmail-lightning repair`` chose for it (SynC). ``pair_id``
             stays that of the caption, for whose real image the chosen one now stands; ``image_id`` is that of the
             chosen image, so that captions that share an image are not negatives of one another.

@@ -313,8 +313,11 @@ def _as_aligned(encoder: ImageEncoder, aligned: str, text: dict[str, Any], has_t
     if not isinstance(aligned, str):
         raise ValueError(f"aligned={aligned!r}: give a string, which a checkpoint can record.")
     path = newest_checkpoint(aligned) if Path(aligned).is_dir() else Path(aligned)
-    if path is None:
-        raise ValueError(f"aligned={aligned!r}: no checkpoints/last.ckpt below it. Run the alignment first.")
+    if path is None or not path.exists():
+        raise ValueError(
+            f"aligned={aligned!r}: no such checkpoint, and no checkpoints/last.ckpt below it. Run the alignment first, "
+            "as the header of the recipe says, or give its checkpoint."
+        )
     recorded = read_branches(path)
     recorded.check(encoder)
     model = ModalityEncoder(encoder, **recorded.image_settings, **text)

@@ -29,8 +29,9 @@ class CaptioningTask(BaseTask):
     """Trains a captioner on images of either modality, each seen through its branch, and tests it on real ones.
 
     The step of GMAIL (arXiv 2602.15368) that follows the alignment: the captioner reads generated images through the
-    aligned branch, and real images through the frozen one. Both towers stay as they are. Evaluation writes captions by
-    beam search and scores those of real and, as ``generated_...``, of generated images apart.
+    aligned branch, and real images through the frozen one. Both towers stay as they are. Rows count by their ``weight``
+    where a data set has weights (``ManifestDataset``, ``TarShards``). Evaluation writes captions by beam search and
+    scores those of real and, as ``generated_...``, of generated images apart.
 
     Args:
         encoder: The plain encoder.
@@ -225,8 +226,9 @@ class CaptioningTask(BaseTask):
                 if unique < self.min_unique_captions and not self.trainer.sanity_checking:
                     rank_zero_warn(
                         f"{name}: only {unique:.1%} of the captions of {which.name.lower()} images differ from one "
-                        f"another (min_unique_captions={self.min_unique_captions}). The captioner ignores its images: "
-                        "a lower rate, a warm-up, or normalize_prefix may help."
+                        f"another (min_unique_captions={self.min_unique_captions}), and they have "
+                        f"{self.results[name][f'{prefix}mean_length']:.1f} words on average. The captioner ignores its "
+                        "images: train longer, at another rate, or with a warm-up."
                     )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
