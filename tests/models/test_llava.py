@@ -1,5 +1,7 @@
 """``Llava`` against ``LlavaForConditionalGeneration`` and its processor on the same weights; chat templates."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +284,50 @@ def test_stages_lora_and_files(tmp_path: Path, folder: Path) -> None:
     torch.save({"state_dict": {"captioner.projector.linear_1.weight": torch.zeros(2, 2)}}, checkpoint)
     with pytest.raises(ValueError, match=r"linear_1.weight': \(2, 2\)"):
         Llava(str(folder), projector=str(checkpoint))
+
+
+def test_a_directory_in_half_precision_keeps_rotary_frequencies_and_projector(folder: Path) -> None:
+    plain, half = Llava(str(folder)), Llava(str(folder), dtype="bfloat16")
+    assert {p.dtype for p in half.language_model.parameters()} == {torch.bfloat16}
+    for name, buffer in half.language_model.named_buffers():
+        assert torch.equal(buffer, plain.language_model.get_buffer(name)), name
+    for name, parameter in half.projector.named_parameters():
+        assert torch.equal(parameter, plain.projector.get_parameter(name)), name
+
+
+def test_generation_settings_of_a_directory_change_no_caption(folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "llava")
+    settings = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(5, 2000))}
+    (other / "generation_config.json").write_text(json.dumps(settings))
+    tokens = torch.randn(3, 16, 64)
+    texts = [Llava(str(path)).generate(tokens, num_beams=2, max_new_tokens=9) for path in (folder, other)]
+    assert texts[0] == texts[1]
+
+
+def test_prompt_and_answer_stay_within_the_positions_of_the_language_model() -> None:
+    tokens = image_tokens(1)
+    prompt = len(llava().chat.tokens([""], None)[0][0]) + 4
+    gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": prompt + 3}  # learned
+    model = llava(language_model=gpt2)
+    assert model.max_length == prompt + 3
+    with pytest.warns(UserWarning, match=f"max_length={prompt + 3} cuts 1 of 1"):
+        assert model.loss(tokens, ["a cat and a dog and a cow"]).isfinite()
+    bias = torch.zeros(2048)
+    bias[0] = -1e4  # no text ends by itself
+    head = model.language_model.lm_head.forward
+    model.language_model.lm_head.forward = lambda x: head(x) + bias
+    for beams in (1, 3):
+        limited = model.generate(tokens, num_beams=beams, max_new_tokens=3)
+        assert model.generate(tokens, num_beams=beams, max_new_tokens=67) == limited
+    with pytest.raises(ValueError, match=rf"positions, and the language model has {prompt + 3} .*Shorten the prompt"):
+        model.generate(tokens, ["Which of the two animals, and why?" * 3])
+
+
+def test_what_a_checkpoint_replaces_and_what_no_tensor_shows(folder: Path) -> None:
+    assert llava().initial_files == ("projector",)
+    assert llava(feature_layer=-1, lora_alpha=3.0).describe() == {"feature_layer": -1, "tune": "full"}
+    made = Llava(str(folder), tune="lora", lora_rank=2, lora_alpha=6.0)
+    assert made.describe() == {"feature_layer": -2, "tune": "lora", "lora_rank": 2, "lora_alpha": 6.0}
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:

@@ -101,6 +101,46 @@ def test_beam_search_equals_an_exhaustive_search(seed: int, length_penalty: floa
     assert model.generate(features, num_beams=32, max_new_tokens=3, length_penalty=length_penalty) == expected
 
 
+def beam_search(model: ClipCap, feature: Tensor, allowed: list[int], width: int, steps: int, penalty: float) -> str:
+    """The textbook's: of the extensions of ``width`` texts the best ``width`` stay; those that end are set aside.
+
+    It always runs to the last step, so that nothing rests on a bound for what unfinished texts can still reach.
+    """
+    table, end = model.gpt.get_input_embeddings().weight, allowed[0]
+    running: list[tuple[float, list[int]]] = [(0.0, [])]
+    finished = []
+    for step in range(steps):
+        extended = []
+        for total, text in running:
+            sequence = torch.cat([model.prefix(feature[None]), table[text][None]], dim=1)
+            values = model.gpt(inputs_embeds=sequence).logits[0, -1].double().log_softmax(-1)
+            extended += [(total + values[token].item(), [*text, token]) for token in allowed]
+        extended.sort(reverse=True)
+        ended = [item for item in extended[:width] if item[1][-1] == end or step == steps - 1]
+        finished += [(total / len(text) ** penalty, text) for total, text in ended]
+        running = [item for item in extended if item[1][-1] != end][:width]
+    best = max(finished)[1]
+    return " ".join(model.tokenizer.decode([token for token in best if token != end]).split())
+
+
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
+def test_narrow_beams_prune_as_the_textbook_does(length_penalty: float) -> None:
+    model, allowed, steps = tiny(4), [0, 10, 20, 30, 40, 50], 6
+    for parameter in model.gpt.parameters():  # far from the start, so that the next word depends on all before it
+        torch.nn.init.normal_(parameter, std=0.4)
+    bar = torch.full((2048,), -torch.inf)
+    bar[allowed] = 0.0
+    head = torch.randn(2048, 32) / 4  # not tied, or one word would follow upon itself
+    model.gpt.lm_head.forward = lambda x: F.layer_norm(x, (32,)) @ head.T + bar
+    features, found = torch.randn(12, 12), {}
+    for width in (2, 3, 16):
+        found[width] = model.generate(features, num_beams=width, max_new_tokens=steps, length_penalty=length_penalty)
+    with torch.no_grad():
+        for width in (2, 3):
+            assert found[width] == [beam_search(model, f, allowed, width, steps, length_penalty) for f in features]
+    assert found[2] != found[16]  # pruning changed captions
+
+
 def test_captions_do_not_depend_on_the_batch() -> None:
     model, features = tiny(), torch.randn(5, 12)
     together = model.generate(features, num_beams=3, max_new_tokens=6)
@@ -164,6 +204,41 @@ def test_long_captions_are_cut_and_counted() -> None:
         given = model.loss(feature, ["smiling face with sunglasses and a hat", "cat"])
     torch.testing.assert_close(given.double(), -torch.cat(terms).mean(), atol=1e-5, rtol=1e-5)
     assert model.truncated == 1
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_prefix_and_caption_stay_within_the_positions_of_the_language_model(num_beams: int) -> None:
+    model, feature = tiny(language_model={**GPT2, "n_positions": 8}), torch.randn(2, 12)
+    assert model.max_length == 5
+    caption = "smiling face with sunglasses and a hat"
+    ids = model.tokenizer(caption).input_ids[:5]
+    with pytest.warns(UserWarning, match="more than max_length=5 tokens is cut"):
+        given = model.loss(feature[:1], [caption])
+    torch.testing.assert_close(given.double(), -log_probabilities(model, feature[0], ids).mean(), atol=1e-5, rtol=1e-5)
+    bias = torch.zeros(2048)
+    bias[0] = -1e4  # no text ends by itself
+    head = model.gpt.lm_head.forward
+    model.gpt.lm_head.forward = lambda x: head(x) + bias
+    limited = model.generate(feature, num_beams=num_beams, max_new_tokens=5)
+    assert model.generate(feature, num_beams=num_beams, max_new_tokens=67) == limited
+    assert model.generate(feature, num_beams=num_beams, max_new_tokens=2) != limited
+    with pytest.raises(ValueError, match="prefix_length=8 takes all positions"):
+        tiny(language_model={**GPT2, "n_positions": 8}, prefix_length=8)
+
+
+def test_the_loss_keeps_no_cache() -> None:
+    model, outputs = tiny(), []
+    model.gpt.register_forward_hook(lambda module, given, output: outputs.append(output))
+    model.loss(torch.randn(1, 12), ["a"])
+    assert [output.past_key_values for output in outputs] == [None]
+
+
+def test_what_a_checkpoint_replaces_and_what_no_tensor_shows(tmp_path: Path) -> None:
+    assert tiny().describe() == {"normalize_prefix": False, "stop": None}
+    assert tiny(normalize_prefix=True, stop=".").describe() == {"normalize_prefix": True, "stop": "."}
+    path = str(public_file(tiny(), tmp_path / "weights.pt"))
+    assert tiny(pretrained=path).initial_files == ("pretrained",)
+    assert tiny(pretrained=path, tune_language_model=False).initial_files == ()  # a checkpoint lacks the language model
 
 
 def test_normalised_prefixes_ignore_the_length_of_a_feature() -> None:

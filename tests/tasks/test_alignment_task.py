@@ -202,6 +202,8 @@ def test_an_encoder_without_text_aligns_and_asks_for_no_text(batch: ImageTextBat
         ({"cosine_weight": -1.0}, "No weight may be negative"),
         ({"real_text_weight": 1.0}, "frozen real path cannot train"),
         ({"alignment_weight": 0.0, "patch_weight": 1.0, "projection": True}, "no term on these has a weight"),
+        ({"patch_weight": 1.0, "patch_layer": 2}, "patch_layer=2: this tower has 2 blocks"),
+        ({"alignment_weight": 0.0, "patch_cosine_weight": 1.0, "patch_layer": -3}, "patch_layer=-3: this tower has 2"),
         ({"temperature": 0.0}, "must be positive"),
         ({"symmetric": True, "loss": "sigmoid"}, "symmetric as it is"),
         ({"targets": ("q", "query")}, "query"),

@@ -7,12 +7,16 @@ import pytest
 import torch
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
-from gmail_lightning.models import Llava
+from gmail_lightning.models import Captioner, ClipCap, Llava
 from gmail_lightning.tasks import CaptioningTask
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "max_position_embeddings": 128,
+}  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0, "attn_pdrop": 0.0,
 }  # fmt: skip
 
 
@@ -78,3 +82,54 @@ def test_the_second_stage_goes_on_from_the_first(language: Path, aligned: Any, t
     assert again.captions
     for name, value in second.captioner.state_dict().items():
         assert torch.equal(value, again.captioner.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_the_second_stage_needs_no_file_of_the_first(language: Path, tmp_path: Path) -> None:
+    weights = {f"mm_projector.{i}.{name}": torch.ones(16, *shape) for i, width in ((0, 32), (2, 16))
+               for name, shape in (("weight", (width,)), ("bias", ()))}  # fmt: skip
+    torch.save(weights, tmp_path / "mm_projector.bin")
+    given = {"language_model": str(language), "image_dim": 32, "projector": str(tmp_path / "mm_projector.bin")}
+    first = CaptioningTask(tiny_encoder(), Llava(**given))
+    assert torch.equal(first.captioner.projector.linear_1.weight, weights["mm_projector.0.weight"])
+    recorded = {"captioner": {"class_path": "Llava", "init_args": given}}  # as the command line records it
+    checkpoint = {"state_dict": first.state_dict(), "hyper_parameters": recorded}
+    first.on_save_checkpoint(checkpoint)
+    (tmp_path / "mm_projector.bin").unlink()
+    again = CaptioningTask(tiny_encoder(), Llava(**checkpoint["hyper_parameters"]["captioner"]["init_args"]))
+    again.on_load_checkpoint(checkpoint)
+    again.load_state_dict(checkpoint["state_dict"], strict=False)
+    for name, value in first.captioner.state_dict().items():
+        assert torch.equal(value, again.captioner.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", ["clipcap", "lora", "full"])
+def test_a_step_in_mixed_precision(language: Path, tmp_path: Path, kind: str) -> None:
+    def build() -> CaptioningTask:
+        torch.manual_seed(1)
+        made: Captioner
+        if kind == "clipcap":
+            made = ClipCap(16, GPT2, "emoji", prefix_length=3)
+        elif kind == "lora":
+            made = Llava(
+                None, str(language), image_dim=32, tune="lora", lora_rank=2, lora_dropout=0.0, dtype="bfloat16"
+            )
+        else:
+            made = Llava(None, str(language), image_dim=32, tune="full")
+        return CaptioningTask(tiny_encoder(), made, num_beams=2, max_new_tokens=4, min_unique_captions=0.0)
+
+    results = []
+    for precision in ("32-true", "bf16-mixed"):
+        torch.manual_seed(2)
+        made = build()
+        before = {name: p.detach().clone() for name, p in made.named_parameters() if p.requires_grad}
+        assert {p.dtype for p in before.values()} == {torch.float32}
+        trainer = quiet_trainer(
+            tmp_path, precision=precision, max_steps=2, log_every_n_steps=1, val_check_interval=2, limit_val_batches=1
+        )
+        trainer.fit(made, emoji_data())
+        after = dict(made.named_parameters())
+        assert all(after[n].isfinite().all() and not torch.equal(after[n], value) for n, value in before.items())
+        assert made.captions
+        results.append(trainer.callback_metrics["train/loss"].item())
+    assert results[0] == pytest.approx(results[1], rel=2e-2)
+    assert results[0] != results[1]  # the second did run in another precision

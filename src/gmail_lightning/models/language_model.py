@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import resources
 from typing import Any
 
@@ -30,32 +31,33 @@ def load_tokenizer(tokenizer: str) -> Any:
 
 
 def build_language_model(
-    language_model: str | dict[str, Any], tokenizer: str | None = None
+    language_model: str | dict[str, Any], tokenizer: str | None = None, dtype: str = "float32"
 ) -> tuple[nn.Module, Any, bool]:
     """Builds a causal language model.
 
     Args:
-        language_model: Directory or hub id of any causal language model, or the settings of a new one:
+        language_model: Directory or hub id of a causal language model, or the settings of a new one:
             ``{model_type: gpt2, n_embd: 128, n_layer: 2, ...}``; the vocabulary and its special tokens are the
             tokenizer's.
         tokenizer: As ``load_tokenizer``; by default that of the language model.
+        dtype: Of the weights, which are read in it. Buffers keep theirs: rotary frequencies stay in fp32.
 
     Returns:
-        The model, in fp32 and eval mode; the tokenizer; whether its weights are more than random.
+        The model, as ``writing_model`` leaves it; the tokenizer; whether its weights are more than random.
 
     Raises:
-        ValueError: If a new model comes without tokenizer or ``model_type``, or a tokenizer has ids that the model has
-            no embedding for.
+        ValueError: If a new model comes without tokenizer or ``model_type``, a tokenizer has ids that the model has no
+            embedding for, or as ``writing_model``.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if isinstance(language_model, str):
         words = load_tokenizer(tokenizer or language_model)
-        model = AutoModelForCausalLM.from_pretrained(language_model, dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
         known = model.get_input_embeddings().num_embeddings
         if len(words) > known:
             raise ValueError(f"tokenizer={tokenizer!r} has {len(words)} tokens, language_model has {known} embeddings.")
-        return model.eval(), words, True
+        return writing_model(model), words, True
     if tokenizer is None or "model_type" not in language_model:
         raise ValueError(f"language_model={language_model!r} is a new model: give its model_type, and a tokenizer.")
     words = load_tokenizer(tokenizer)
@@ -67,7 +69,34 @@ def build_language_model(
     }
     settings = {key: value for key, value in language_model.items() if key != "model_type"}
     config = AutoConfig.for_model(language_model["model_type"], **{**special, **settings})
-    return AutoModelForCausalLM.from_config(config).eval(), words, False
+    return writing_model(AutoModelForCausalLM.from_config(config, dtype=dtype)), words, False
+
+
+def writing_model(model: Any) -> Any:
+    """Prepares a causal language model to write: in eval mode, without generation settings of its own.
+
+    transformers fills whatever a call of ``generate`` leaves open from the settings that a model was saved with, so
+    that its ``repetition_penalty`` or ``suppress_tokens`` would change the captions.
+
+    Raises:
+        ValueError: If transformers cannot generate from embeddings with it (``openai-gpt``, ``ctrl``): an image has no
+            token ids.
+    """
+    from transformers import GenerationConfig
+
+    if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
+        raise ValueError(
+            f"The language model is a {model.config.model_type}: transformers generates with it from token ids only, "
+            "and an image is given as embeddings (inputs_embeds). Take another, such as a gpt2 or a llama."
+        )
+    model.generation_config = GenerationConfig()
+    return model.eval()
+
+
+def max_positions(model: Any) -> int | None:
+    """Longest sequence that a language model knows, embeddings of an image included; None where it sets no limit."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def caption_labels(tokenizer: Any, captions: list[str], max_length: int, end_id: int | None) -> tuple[Tensor, int]:
@@ -111,14 +140,23 @@ def written(
         attention_mask: Shape (B, P).
         end_id: Token that ends a text.
         num_beams: Width of the search.
-        max_new_tokens: Longest text.
+        max_new_tokens: Longest text; less where the model has no positions for so many behind P.
         length_penalty: See above.
+
+    Raises:
+        ValueError: If the prompt leaves no position to write at.
     """
     from transformers import GenerationConfig
 
+    given, known = inputs_embeds.shape[1], max_positions(model)
+    if known is not None and given >= known:
+        raise ValueError(
+            f"The prompt, image included, takes {given} positions, and the language model has {known} "
+            "(max_position_embeddings): nothing can be written. Shorten the prompt or the question, or the prefix."
+        )
     settings = GenerationConfig(
         num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens if known is None else min(max_new_tokens, known - given),
         length_penalty=length_penalty,
         early_stopping="never" if num_beams > 1 else False,
         do_sample=False,

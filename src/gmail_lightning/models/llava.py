@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from gmail_lightning.losses.captioning import IGNORED, caption_loss, refuse_masked
 from gmail_lightning.models.base import Captioner
 from gmail_lightning.models.chat import ImageChat
-from gmail_lightning.models.language_model import written
+from gmail_lightning.models.language_model import max_positions, written
 from gmail_lightning.models.llava_loading import llava_from_parts, load_llava, load_projector
 
 
@@ -38,7 +38,7 @@ class Llava(Captioner):
     Args:
         pretrained: Directory or hub id of a ``LlavaForConditionalGeneration``: its projector, language model, tokenizer
             and layer. None: from parts.
-        language_model: Directory or hub id of any causal language model, or the settings of a new one; see
+        language_model: Directory or hub id of a causal language model, or the settings of a new one; see
             ``build_language_model``.
         tokenizer: Its tokenizer, where it is another than the language model's; ``emoji`` ships with the package.
         image_dim: Width W of the patch tokens: 1024 of ViT-L/14. Only with parts.
@@ -50,11 +50,11 @@ class Llava(Captioner):
         lora_rank: Rank of LoRA.
         lora_alpha: LoRA is scaled by ``lora_alpha / lora_rank``.
         lora_dropout: Of LoRA's input.
-        dtype: Of the weights of the language model; ``bfloat16`` halves what a frozen one takes.
+        dtype: Of the weights of the language model, which are read in it; ``bfloat16`` halves what a frozen one takes.
         prompt: The question, where the data ask none.
         chat_template: In Jinja, for a tokenizer that has none.
-        max_length: Longest sequence in training, image included. An answer that is cut is counted in ``truncated`` and
-            told once; nothing is learned of its end.
+        max_length: Longest sequence in training, image included; at most what the language model has positions for. An
+            answer that is cut is counted in ``truncated`` and told once; nothing is learned of its end.
         grad_checkpointing: Recompute the activations of the language model in the backward, block by block.
 
     Raises:
@@ -65,6 +65,7 @@ class Llava(Captioner):
     language_model: Any
     tokenizer: Any
     projector: nn.Module
+    initial_files = ("projector",)
 
     def __init__(
         self,
@@ -94,11 +95,11 @@ class Llava(Captioner):
         if pretrained is not None:
             if image_dim is not None:
                 raise ValueError("image_dim belongs to a model from parts; a pretrained one says it itself.")
-            parts = load_llava(pretrained, tokenizer)
+            parts = load_llava(pretrained, tokenizer, dtype)
         else:
             if image_dim is None:
                 raise ValueError("A Llava from parts needs image_dim, the width of the encoder's patch tokens.")
-            parts = llava_from_parts(cast(Any, language_model), tokenizer, image_dim, feature_layer)
+            parts = llava_from_parts(cast(Any, language_model), tokenizer, image_dim, feature_layer, dtype)
         if tune != "full" and not parts.knows_language:
             raise ValueError(f"tune: {tune} needs a language model with weights, and this one is new: tune: full.")
         self.language_model, self.projector, self.tokenizer = parts.language_model, parts.projector, parts.tokenizer
@@ -108,11 +109,12 @@ class Llava(Captioner):
         self.tune, self.feature_layer = tune, parts.feature_layer
         self.image_dim = int(cast(Any, self.projector).linear_1.in_features)
         self.truncated = 0  # answers that were cut in training
-        self.max_length = min(max_length, getattr(self.language_model.config, "max_position_embeddings", max_length))
+        self.max_length = min(max_length, max_positions(self.language_model) or max_length)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
         self.chat = ImageChat(self.tokenizer, parts.image_token, prompt)
-        self.language_model.to(getattr(torch, dtype))
+        adapter = {"lora_rank": lora_rank, "lora_alpha": lora_alpha} if tune == "lora" else {}
+        self._description = {"feature_layer": self.feature_layer, "tune": tune, **adapter}
         self._set_trainable(lora_rank, lora_alpha, lora_dropout)
         if grad_checkpointing:
             self._checkpoint_blocks()
@@ -141,6 +143,10 @@ class Llava(Captioner):
         for module in self.language_model.modules():  # transformers' own switch works in train mode only
             if isinstance(module, GradientCheckpointingLayer):
                 module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+    def describe(self) -> dict[str, str | int | float | bool | None]:
+        """See ``Captioner``."""
+        return dict(self._description)
 
     def train(self, mode: bool = True) -> Llava:
         """Sets the mode; a language model that is not tuned stays in eval."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gmail_lightning.models.branches import newest_checkpoint
 from gmail_lightning.models.hf_tower import OFFLINE
-from gmail_lightning.models.language_model import build_language_model, load_tokenizer
+from gmail_lightning.models.language_model import build_language_model, load_tokenizer, writing_model
 
 # Names of the two layers: ours and of transformers, or of LLaVA's own files (mm_projector.bin).
 _PROJECTOR_KEY = re.compile(
@@ -35,31 +35,32 @@ class Projector(nn.Module):
 class LlavaParts(NamedTuple):
     """A LLaVA without its vision tower."""
 
-    language_model: Any  # causal, fp32, in eval mode
+    language_model: Any  # causal, as ``writing_model`` leaves it
     knows_language: bool  # its weights are more than random
-    projector: nn.Module
+    projector: nn.Module  # fp32
     tokenizer: Any  # with a chat template where the tokenizer or the processor has one
     image_token: str
     feature_layer: int  # block whose patch tokens it reads
 
 
 def llava_from_parts(
-    language_model: str | dict[str, Any], tokenizer: str | None, image_dim: int, feature_layer: int
+    language_model: str | dict[str, Any], tokenizer: str | None, image_dim: int, feature_layer: int, dtype: str
 ) -> LlavaParts:
     """Puts a new projector before any causal language model; arguments as ``Llava``."""
-    model, words, knows_language = build_language_model(language_model, tokenizer)
+    model, words, knows_language = build_language_model(language_model, tokenizer, dtype)
     built: Any = model
     projector = Projector(image_dim, built.get_input_embeddings().embedding_dim)
     image_token = getattr(words, "image_token", None) or "<image>"
     return LlavaParts(built, knows_language, projector, words, image_token, feature_layer)
 
 
-def load_llava(path: str, tokenizer: str | None = None) -> LlavaParts:
+def load_llava(path: str, tokenizer: str | None = None, dtype: str = "float32") -> LlavaParts:
     """Loads a ``LlavaForConditionalGeneration``.
 
     Args:
         path: Directory or hub id.
         tokenizer: As ``load_tokenizer``; by default that of the model.
+        dtype: Of the language model, see ``build_language_model``; the projector, which trains, is read in fp32.
 
     Raises:
         ValueError: If it is another kind of model, lacks weights, or reads its tower in a way that ``image_tokens`` of
@@ -68,12 +69,16 @@ def load_llava(path: str, tokenizer: str | None = None) -> LlavaParts:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
+    # Under the same name, by which transformers finds out how the keys of older files are renamed.
+    names = {"__module__": LlavaForConditionalGeneration.__module__}
+    kept: dict[str, Any] = {**names, "_keep_in_fp32_modules_strict": {"multi_modal_projector"}}
+    with_fp32_projector: Any = type("LlavaForConditionalGeneration", (LlavaForConditionalGeneration,), kept)
     try:
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "llava":
             raise ValueError(f"{path} is a {config.model_type} model, no llava: build it from parts (language_model).")
         layer = _layer(path, config)
-        llava, info = LlavaForConditionalGeneration.from_pretrained(path, dtype="float32", output_loading_info=True)
+        llava, info = with_fp32_projector.from_pretrained(path, dtype=dtype, output_loading_info=True)
         words = load_tokenizer(tokenizer or path)
         if words.chat_template is None and tokenizer is None:  # older files have it beside the processor
             words.chat_template = AutoProcessor.from_pretrained(path).chat_template
@@ -90,7 +95,7 @@ def load_llava(path: str, tokenizer: str | None = None) -> LlavaParts:
     if hollow:
         raise ValueError(f"{path}: its {config.text_config.model_type} has parts that a LLaVA does not hold: {hollow}.")
     image_token = words.convert_ids_to_tokens(config.image_token_id)
-    return LlavaParts(causal.eval(), True, llava.model.multi_modal_projector, words, image_token, layer)
+    return LlavaParts(writing_model(causal), True, llava.model.multi_modal_projector, words, image_token, layer)
 
 
 def load_projector(projector: nn.Module, path: str) -> None:

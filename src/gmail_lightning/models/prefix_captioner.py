@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gmail_lightning.losses.captioning import caption_loss, refuse_masked
 from gmail_lightning.models.base import Captioner
-from gmail_lightning.models.language_model import build_language_model, caption_labels, written
+from gmail_lightning.models.language_model import build_language_model, caption_labels, max_positions, written
 
 Mapper = Literal["mlp", "transformer", "linear"]
 HEADS = 8  # of the transformer mapper
@@ -85,7 +85,7 @@ class ClipCap(Captioner):
 
     Args:
         image_dim: Width D of the image features: 512 of ViT-B/32.
-        language_model: Directory or hub id of any causal language model, or the settings of a new one; see
+        language_model: Directory or hub id of a causal language model, or the settings of a new one; see
             ``build_language_model``.
         tokenizer: Its tokenizer, where it is another than the language model's; ``emoji`` ships with the package.
         mapper: ``mlp``, ``transformer``, or ``linear`` (one layer, as DeCap, arXiv 2303.03032).
@@ -96,11 +96,13 @@ class ClipCap(Captioner):
         normalize_prefix: Bring the features to unit norm first, in training and in use alike.
         stop: A token that ends a caption, such as ``"."`` for the public weights, which never saw an end token. By
             default captions are trained with the tokenizer's end token behind them.
-        max_length: Longest caption in tokens; what is cut is counted in ``truncated`` and told once.
+        max_length: Longest caption in tokens, at most what the language model has positions for behind the prefix; what
+            is cut is counted in ``truncated`` and told once.
         pretrained: File with the state dict of a whole ClipCap in the public layout.
 
     Raises:
-        ValueError: If the language model stays as it is but is new, or the settings do not fit the file.
+        ValueError: If the language model stays as it is but is new, it has no position behind the prefix, or the
+            settings do not fit the file.
     """
 
     gpt: Any
@@ -125,6 +127,9 @@ class ClipCap(Captioner):
         self.gpt, self.tokenizer, knows_language = build_language_model(language_model, tokenizer)
         if not (tune_language_model or knows_language or pretrained):
             raise ValueError("tune_language_model: false needs a language model with weights; this one is new.")
+        room = (max_positions(self.gpt) or prefix_length + max_length) - prefix_length
+        if room < 1:
+            raise ValueError(f"prefix_length={prefix_length} takes all positions of the language model: shorten it.")
         width = self.gpt.get_input_embeddings().embedding_dim
         if mapper == "mlp":
             self.clip_project: nn.Module = MLPMapper(image_dim, width, prefix_length)
@@ -139,9 +144,11 @@ class ClipCap(Captioner):
         if normalize_prefix:  # components of unit norm are sqrt(D) times smaller than what layers are drawn for
             first.weight.data.mul_(image_dim**0.5)
         self.image_dim, self.prefix_length, self.normalize_prefix = image_dim, prefix_length, normalize_prefix
-        self.tune_language_model, self.max_length = tune_language_model, max_length
+        self.tune_language_model, self.max_length = tune_language_model, min(max_length, room)
+        #: A language model that stays as it is is not in a checkpoint: its file is needed again.
+        self.initial_files = ("pretrained",) if tune_language_model else ()
         self.end_id = self.tokenizer.eos_token_id if stop is None else self._only_token(stop)
-        self.appends_end = stop is None
+        self.stop, self.appends_end = stop, stop is None
         self.truncated = 0  # captions that were cut in training
         self.gpt.requires_grad_(tune_language_model)
         if pretrained is not None:
@@ -173,6 +180,10 @@ class ClipCap(Captioner):
             )
         self.load_state_dict(state, strict=False)
         self.pretrained = True
+
+    def describe(self) -> dict[str, str | int | float | bool | None]:
+        """See ``Captioner``."""
+        return {"normalize_prefix": self.normalize_prefix, "stop": self.stop}
 
     def train(self, mode: bool = True) -> ClipCap:
         """Sets the mode; a language model that is not tuned stays in eval."""
@@ -210,8 +221,9 @@ class ClipCap(Captioner):
         words: Tensor = self.gpt.get_input_embeddings()(labels.clamp(min=0))
         inputs = torch.cat([self.prefix(image_features), words], dim=1)
         seen = F.pad(labels >= 0, (self.prefix_length, 0), value=True)
-        output = self.gpt(inputs_embeds=inputs, attention_mask=seen.long(), logits_to_keep=labels.shape[1] + 1)
-        return caption_loss(output.logits[:, :-1], labels, weight=weight, label_smoothing=label_smoothing)
+        keep = labels.shape[1] + 1
+        output = self.gpt(inputs_embeds=inputs, attention_mask=seen.long(), logits_to_keep=keep, use_cache=False)
+        return caption_loss(output.logits[:, -keep:-1], labels, weight=weight, label_smoothing=label_smoothing)
 
     @torch.no_grad()
     def generate(

@@ -57,7 +57,8 @@ class AlignmentTask(BaseTask):
         allow_small_negatives: See ``BaseTask``.
 
     Raises:
-        ValueError: If no term has a weight, or a text term meets an encoder without text tower or a frozen real path.
+        ValueError: If no term has a weight, a text term meets an encoder without text tower or a frozen real path, or
+            ``patch_layer`` is no block of the tower.
     """
 
     batch_contrastive = True
@@ -111,20 +112,22 @@ class AlignmentTask(BaseTask):
             encoder, rank=rank, alpha=alpha, targets=tuple(targets), real_path=real_path, projection=projection
         )
         self.loss, self.symmetric, self.patch_layer = loss, symmetric, patch_layer
+        num_blocks = 1 + max(target.block for target in self.encoder.lora_targets(ROLES))
+        if self.reads_patches and not -num_blocks <= patch_layer < num_blocks:
+            raise ValueError(f"patch_layer={patch_layer}: this tower has {num_blocks} blocks.")
         if not self.reads_pooled:
-            self._train_patches_only(projection)
+            self._train_patches_only(projection, patch_layer % num_blocks)
         self.contrastive_chunk_size = contrastive_chunk_size
         learnable = learnable_temperature and (alignment_weight > 0 or patch_weight > 0)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learnable)
         self.bias = nn.Parameter(torch.tensor(-10.0), requires_grad=learnable and loss == "sigmoid")
 
-    def _train_patches_only(self, projection: bool) -> None:
+    def _train_patches_only(self, projection: bool, last_block: int) -> None:
         """Without a term on pooled features, what lies behind the patch tokens stays as it is: no loss reaches it."""
         if projection or self.encoder.real_path != "frozen":
             raise ValueError("A projection acts on pooled features, and no term on these has a weight: leave it out.")
-        num_blocks = 1 + max(target.block for target in self.encoder.lora_targets(ROLES))
         for name, parameter in self.encoder.image_adapters():  # encoder.lora.image.<block>.<role>.<factor>
-            parameter.requires_grad_(int(name.split(".")[3]) <= self.patch_layer % num_blocks)
+            parameter.requires_grad_(int(name.split(".")[3]) <= last_block)
 
     @property
     def pretrained(self) -> bool:
