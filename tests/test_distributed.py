@@ -120,7 +120,10 @@ def test_two_processes_align_and_validate_as_one(tmp_path: Path) -> None:
     assert 0 < metrics["t2i_R@1"] < metrics["t2i_R@3"] < 1
     assert 0 < metrics["accuracy"] < 1
     torch.testing.assert_close(two["metrics"], metrics, equal_nan=True)
-    compare_captions(*(torch.load(tmp_path / f"captions-{name}.pt") for name in ("1-0", "2-0", "2-1")))
+    described = [torch.load(tmp_path / f"captions-{name}.pt") for name in ("1-0", "2-0", "2-1")]
+    compare_captioners(*(values.pop("task") for values in described))
+    compare_first_rank(*(values.pop("first rank") for values in described))
+    compare_captions(*described)
     seen = [torch.load(tmp_path / f"seen-2-{rank}.pt") for rank in (0, 1)]
     assert sorted([*seen[0], *seen[1]]) == sorted(torch.load(tmp_path / "seen-1-0.pt"))
     assert len(set(seen[0]) | set(seen[1])) == len(seen[0]) + len(seen[1]) == 2 * 373
@@ -135,17 +138,58 @@ def test_two_processes_align_and_validate_as_one(tmp_path: Path) -> None:
 def compare_captions(one, first, second) -> None:
     """Caption metrics of one process and of two ranks are the same floats; an error reaches both ranks."""
     messages = [values.pop("conflict", None) for values in (one, first, second)]
+    if shutil.which("java") is None:  # then METEOR has no value anywhere, and says why
+        for values in (one, first, second):
+            assert values["reasons"].keys() == {"METEOR"}
+            assert "no java on the PATH" in values["reasons"]["METEOR"]
+            assert all(values[name].pop("METEOR").isnan() for name in ("all", "alone"))
+            assert np.isnan(values["per_image"].pop("METEOR")).all()
+            assert values["tokenizer"] == "python"
+    else:
+        assert (one["tokenizer"], one["reasons"]) == ("java", {})
+        assert 0 < one["all"]["METEOR"] != one["alone"]["METEOR"] > 0
     assert one == first == second
     assert one["image_ids"] == list(range(11))
     assert all(len(scores) == 11 for scores in one["per_image"].values())
     assert one["all"].keys() == one["alone"].keys() == one["per_image"].keys()
     assert 0 < one["all"]["CIDEr"] != one["alone"]["CIDEr"]
-    if shutil.which("java") is not None:
-        assert (one["tokenizer"], one["reasons"]) == ("java", {})
-        assert 0 < one["all"]["METEOR"] != one["alone"]["METEOR"] > 0
+    assert one["unique_captions"] == pytest.approx(6 / 11)  # the last image is on both ranks, and counts once
+    assert one["mean_length"] == pytest.approx((2 * (1 + 1 + 2 + 1 + 1) + 1) / 11)
+    letters = ["ABC"[i % 3] == "AB"[i % 2] for i in range(11)]
+    assert (one["questions"], one["IMG-Accuracy"]) == (11, pytest.approx(sum(letters) / 11))
     assert messages[0] is None
     assert (
         messages[1]
         == messages[2]
         == "id 7 came twice with different captions: ['a man', 'a cat'] and ['a horse', 'a cat']."
     )
+
+
+def compare_first_rank(one, first, second) -> None:
+    """Ranks without an update take part in the exchange; rows that cannot be joined are an error on every rank."""
+    assert "wider" not in one
+    assert first["wider"] == second["wider"]
+    assert "Rows of different types or widths cannot be joined" in first.pop("wider")
+    del second["wider"]
+    assert one == first == second
+    assert one["nobody"] == [{}, {}, {}]
+    assert (one["recall"]["num_images"], one["choices"]["questions"]) == (6, 2)
+    assert one["statistics"]["unique_captions"] == 0.5
+    assert one["no ids"]["unique_captions"] == pytest.approx(2 / 3)
+    assert one["gap"]["paired_cosine"] != one["gap"]["shuffled_cosine"]
+    assert 0 < one["scores"]["Bleu_1"] < 1
+
+
+def compare_captioners(one, first, second) -> None:
+    """A captioner trained on two ranks: the same weights, captions and values; every image on one of them."""
+    rows = [sorted(values["noted"]) for values in (one, first, second)]
+    assert (len(rows[0]), {len(rows[1]), len(rows[2])}) == (19, {9, 10})
+    assert [row for row, _, _ in sorted(rows[1] + rows[2])] == list(range(19))  # each id once
+    assert sorted(rows[1] + rows[2]) == rows[0]
+    assert len({caption for _, _, caption in rows[0]}) > 10
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(first["weights"][name], value, rtol=1e-4, atol=1e-6)
+        assert torch.equal(first["weights"][name], second["weights"][name])
+    assert first["results"] == second["results"] == pytest.approx(one["results"], abs=1e-6)
+    assert one["results"].keys() >= {"Bleu_4", "ROUGE_L", "CIDEr", "unique_captions", "mean_length", "generated_CIDEr"}
+    assert all(one["results"][name] > 0.01 for name in ("Bleu_1", "CIDEr", "generated_Bleu_1", "generated_CIDEr"))

@@ -6,6 +6,7 @@ python task_ranks.py DEVICES FOLDER
 import gzip
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1")
@@ -17,15 +18,30 @@ import torch.distributed as dist
 from gmail_lightning.callbacks import FeatureWriter
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset
-from gmail_lightning.metrics import CocoCaptionScore, ImageTextRecall, ZeroShotAccuracy, meteor
-from gmail_lightning.models import OpenCLIPEncoder
-from gmail_lightning.tasks import AlignmentTask, EmbeddingTask
+from gmail_lightning.metrics import (
+    CaptionStatistics,
+    CocoCaptionScore,
+    ImageTextRecall,
+    ModalityGap,
+    MultipleChoice,
+    ZeroShotAccuracy,
+    meteor,
+)
+from gmail_lightning.models import ClipCap, OpenCLIPEncoder
+from gmail_lightning.tasks import AlignmentTask, CaptioningTask, EmbeddingTask
 
 TINY = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16},
     "text_cfg": {"context_length": 16, "vocab_size": 6348, "width": 16, "heads": 1, "layers": 1},
 }
+
+
+#: Without dropout, which ranks draw apart from one another.
+GPT2 = {
+    "model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
 
 
 class Counting(AlignmentTask):
@@ -43,6 +59,65 @@ class Counting(AlignmentTask):
             for name, function in originals.items():
                 setattr(dist, name, function)
         self.collectives = getattr(self, "collectives", 0) + len(calls)
+
+
+class Few(EmojiDataset):
+    """The first drawings of a hand."""
+
+    def __init__(self, hand: str, size: int) -> None:
+        super().__init__(hand, "novel")
+        for name in ("_rows", "image_id", "pair_id", "modality", "label"):
+            setattr(self, name, getattr(self, name)[:size])
+
+
+class Noting(CaptioningTask):
+    """Notes every row that is evaluated: its id, its name, its caption.
+
+    Untrained features make one caption of all images, so each gets some words of its own.
+    """
+
+    def build_metrics(self, eval_set):
+        built = super().build_metrics(eval_set)
+        for metric in built.values():
+            if isinstance(metric, CocoCaptionScore):
+                metric.tokenizer = "python"  # saves seconds of Java
+        return built
+
+    def write(self, batch):
+        own = [row % 4 for row in batch["row_id"].tolist()]
+        references = [captions[0].split() for captions in batch["references"]]
+        rows = zip(super().write(batch), references, own, strict=True)
+        return [" ".join([text, *words[:number]]) for text, words, number in rows]
+
+    def update_metrics(self, metrics, batch):
+        super().update_metrics(metrics, batch)
+        rows = zip(batch["row_id"].tolist(), batch["sample_key"], self.captions, strict=True)
+        self.noted = [*getattr(self, "noted", []), *rows]
+
+
+def describe(devices: int, folder: Path) -> dict[str, object]:
+    """Trains a captioner for two steps on both modalities and validates it on 13 and 6 images."""
+    pl.seed_everything(1)
+    captioner = ClipCap(16, language_model=GPT2, tokenizer="emoji", prefix_length=4)
+    before = captioner.clip_project.model[0].weight.detach().clone()
+    rate = partial(torch.optim.SGD, lr=0.3)  # linear: Adam's first steps would magnify the noise of small gradients
+    task = Noting(
+        OpenCLIPEncoder(config=TINY, merges="emoji"), captioner, num_beams=2, max_new_tokens=6, optimizer=rate
+    )
+    sets = [EmojiDataset(hand, "novel") for hand in ("noto", "fluent_flat")]
+    alike = {"few": AllowedOverlap(["caption", "image_id", "pixels"], "the same drawings")}
+    data = MixedModalityDataModule(
+        sets, {"few": [Few("noto", 13), Few("fluent_flat", 6)]}, mode="mixture", generated_fraction=0.5,
+        batch_size=16 // devices, eval_batch_size=4, allow_overlap=alike,
+    )  # fmt: skip
+    pl.Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=2, max_epochs=-1,
+        val_check_interval=2, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+    ).fit(task, data)  # fmt: skip
+    weights = {name: p.detach() for name, p in captioner.named_parameters()}
+    assert (weights["clip_project.model.0.weight"] - before).abs().max() > 1e-3
+    return {"noted": task.noted, "results": task.results["few"], "weights": weights}
 
 
 def embed(devices: int, folder: Path, datasets: list[EmojiDataset]) -> None:
@@ -87,16 +162,20 @@ def caption_values(rows: torch.Tensor, folder: Path) -> dict[str, object]:
         os.environ["PATH"] = str(folder)
     try:
         metric, alone, conflict = (CocoCaptionScore(("bleu", "meteor", "rouge", "cider")) for _ in range(3))
+        statistics, choices = CaptionStatistics(), MultipleChoice()
         for batch in [*rows.split(2), torch.tensor([10])]:
             predictions = [f"a {nouns[i]} by\u2028the {nouns[i - 1]} {'.' * i}" for i in batch.tolist()]
             references = [[f"the {nouns[i - 5]} and a {nouns[i]}", f"some {nouns[i - 1]} " * 3] for i in batch.tolist()]
             metric.update(predictions, references, batch)
+            statistics.update([nouns[i // 2] for i in batch.tolist()], batch)
+            choices.update(["ABC"[i % 3] for i in batch.tolist()], ["AB"[i % 2] for i in batch.tolist()], batch)
             first = [k for k, i in enumerate(batch.tolist()) if i in (0, 2, 4)]
             if first:  # no other rank has an update
                 alone.update([predictions[k] for k in first], [references[k] for k in first], batch[first])
         conflict.update([f"a {nouns[int(rows[0])]}"], [["a cat"]], torch.tensor([7]))
         values = {"all": metric.compute(), "alone": alone.compute(), "reasons": metric.reasons | alone.reasons}
         values["per_image"] = {name: scores.tolist() for name, scores in metric.per_image.items()}
+        values |= {name: float(value) for each in (statistics, choices) for name, value in each.compute().items()}
         values["image_ids"], values["tokenizer"] = metric.image_ids.tolist(), metric.tokenizer_used
         try:
             conflict.compute()
@@ -105,6 +184,31 @@ def caption_values(rows: torch.Tensor, folder: Path) -> dict[str, object]:
         return values
     finally:
         os.environ["PATH"], meteor.load_table = path, load_table
+
+
+def first_rank_values(rank: int) -> dict[str, object]:
+    """Metrics that the first rank alone updates; then one whose features are wider on every further rank."""
+    generator = torch.Generator().manual_seed(3)
+    features, ids = torch.randn(12, 8, generator=generator), torch.arange(6)
+    gap, recall, scores = ModalityGap(ks=(1,)), ImageTextRecall(ks=(1,)), CocoCaptionScore(["bleu"], tokenizer="python")
+    metrics = {"gap": gap, "recall": recall, "scores": scores, "statistics": CaptionStatistics()}
+    metrics |= {"choices": MultipleChoice(), "no ids": CaptionStatistics()}
+    if rank == 0:
+        gap.update(features, torch.arange(12) // 6, ids.repeat(2))
+        recall.update(features[:6], ids, features[6:], ids)
+        scores.update(["a cat", "a dog"], [["the cat"], ["two dogs", "a dog"]], ids[:2])
+        metrics["statistics"].update(["a cat", "a cat"], ids[:2])
+        metrics["choices"].update(["A", "no idea"], ["A", "B"], ids[:2])
+        metrics["no ids"].update(["a cat", "a dog", "a dog"])
+    values = {name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()}
+    values["nobody"] = [metric().compute() for metric in (CocoCaptionScore, CaptionStatistics, MultipleChoice)]
+    wider = ImageTextRecall(ks=(1,))
+    wider.update(torch.eye(1, 3 + rank), ids[:1] + rank, torch.eye(1, 3 + rank), ids[:1] + rank)
+    try:
+        wider.compute()
+    except ValueError as error:
+        values["wider"] = str(error)
+    return values
 
 
 def main(devices: int, folder: Path) -> None:
@@ -125,6 +229,8 @@ def main(devices: int, folder: Path) -> None:
     metrics = metric_values(torch.arange(11)[trainer.global_rank :: devices])
     torch.save(task.seen, folder / f"seen-{devices}-{trainer.global_rank}.pt")
     captions = caption_values(torch.arange(11)[trainer.global_rank :: devices], folder)
+    captions["first rank"] = first_rank_values(trainer.global_rank)
+    captions["task"] = describe(devices, folder)
     torch.save(captions, folder / f"captions-{devices}-{trainer.global_rank}.pt")
     if trainer.is_global_zero:
         weights = {name: p.detach() for name, p in task.named_parameters() if p.requires_grad}

@@ -1,6 +1,7 @@
 """``CocoCaptionScore``: values of pycocoevalcap, each image once, and reasons where a value cannot be had."""
 
 import contextlib
+import gzip
 import io
 import shutil
 import tempfile
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gmail_lightning.metrics import CocoCaptionScore, captioning
+from gmail_lightning.metrics import CocoCaptionScore, captioning, java_tools, meteor
 from gmail_lightning.metrics.java_tools import JavaError
 from gmail_lightning.metrics.ptb_tokenizer import ptb_tokenize
 
@@ -215,19 +216,71 @@ def test_an_error_in_one_metric_leaves_the_others(monkeypatch, error, reason) ->
 
 
 @needs_java
-def test_java_has_no_time_or_nowhere_to_write(tmp_path, monkeypatch) -> None:
+def test_java_has_no_time() -> None:
     metric = CocoCaptionScore(("bleu", "meteor"), timeout=1e-9)
     metric.update(CAPTIONS, REFERENCES)
     with pytest.warns(UserWarning, match="no time left"):
         values = metric.compute()
     assert values["METEOR"].isnan()
     assert values["Bleu_1"] > 0.5
-    assert metric.reasons == {"METEOR": "no time left (raise timeout)"}
+    assert metric.reasons == {"METEOR": "no time left (raise the timeout of the Java tools)"}
+
+
+@needs_java
+def test_nowhere_to_write(tmp_path, monkeypatch) -> None:
+    """Neither temporary files nor a cache: SPICE alone cannot do without."""
+    small_table(tmp_path, monkeypatch)
     (tmp_path / "file").touch()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    metric = CocoCaptionScore(("bleu", "spice"))
+    for name in (java_tools.SPICE_JAR, *java_tools.SPICE_MODELS):
+        (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "package" / name).touch()
+    packaged = java_tools.packaged
+    monkeypatch.setattr(
+        java_tools, "packaged", lambda name: tmp_path / "package" / name if "spice" in name else packaged(name)
+    )
+    metric = CocoCaptionScore(("bleu", "meteor", "spice"))
     metric.update(CAPTIONS, REFERENCES)
-    assert metric.compute()["Bleu_1"] == values["Bleu_1"]
-    assert metric.tokenizer_used == "java"  # it needs no file
+    values = metric.compute()
+    assert values.pop("SPICE").isnan()
+    assert 0 < values["METEOR"] < 1  # the jar reads the whole table, as no cut one can be written
+    assert values["Bleu_1"] == pycocoevalcap(*tokenized())["Bleu_1"][0]
+    assert metric.tokenizer_used == "java"
     assert metric.reasons.keys() == {"SPICE"}
+    assert metric.reasons["SPICE"].startswith("SPICE works on files, and ")
+
+
+def test_java_that_dies_leaves_the_others(tmp_path, monkeypatch, fake_java) -> None:
+    """The child is killed when it has read everything, first for the tokens and then for METEOR."""
+    small_table(tmp_path, monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    java = fake_java(
+        "text = sys.stdin.read()\n"
+        "open(os.path.join(os.path.dirname(__file__), 'calls'), 'a').write(f'{len(text.splitlines())} ')\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    metric = CocoCaptionScore(("bleu", "meteor", "rouge", "cider"), prefix="x_")
+    metric.update(CAPTIONS, REFERENCES, torch.arange(5))
+    with pytest.warns(UserWarning, match="The Python tokenizer splits the captions, .* killed by signal 9"):
+        values = metric.compute()
+    assert java.with_name("calls").read_text().split() == [str(2 * (5 + 11)), str(apostrophes_and_hyphens())]
+    assert metric.reasons.keys() == {"x_METEOR"}
+    assert "Java was killed by signal 9" in metric.reasons["x_METEOR"]
+    assert values.pop("x_METEOR").isnan()
+    assert np.isnan(metric.per_image["x_METEOR"]).tolist() == [True] * 5
+    assert values == {f"x_{name}": value for name, (value, _) in pycocoevalcap(*tokenized()).items()}
+    assert metric.tokenizer_used == "python"
+
+
+def apostrophes_and_hyphens() -> int:
+    """Captions that METEOR's normaliser is asked about."""
+    captions, references = tokenized()
+    return len({text for row in [captions, *references] for text in row if "'" in text or "-" in text})
+
+
+def small_table(tmp_path, monkeypatch) -> None:
+    """Two paraphrases in the place of METEOR's own, which take the jar ten seconds."""
+    path, packaged = tmp_path / "paraphrases.gz", meteor.packaged
+    path.write_bytes(gzip.compress(b"1\nman\nred bus\n1\nhill\nhorse\n"))
+    monkeypatch.setattr(meteor, "packaged", lambda name: path if name == meteor.PARAPHRASES else packaged(name))

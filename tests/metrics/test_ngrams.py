@@ -71,6 +71,16 @@ def test_copies_strangers_and_nothing() -> None:
         assert_equal_floats(hypotheses, references)
 
 
+@pytest.mark.parametrize("hypothesis", ["", "a", "a dog runs in the snow", "q r s t"])
+@pytest.mark.parametrize("references", [["a"], ["a dog runs in the snow"], ["", "dogs run"], ["a cat"] * 5])
+def test_one_image_and_images_without_any_answer(hypothesis: str, references: list[str]) -> None:
+    """Of one image every idf is log 1 = 0, and so is CIDEr."""
+    assert_equal_floats([hypothesis], [references])
+    assert_equal_floats([hypothesis] * 3, [references, ["two cats"], ["two", "dogs"]])
+    assert ngram_scores([hypothesis], [references])[0]["CIDEr"] == 0.0
+    assert_equal_floats(["", ""], [references, ["two cats", "a cat"]])
+
+
 def test_hypotheses_longer_than_a_machine_word() -> None:
     rng = random.Random(0)
     draw = captions(rng, 9, [1, 62, 63, 64, 65, 66, 130])

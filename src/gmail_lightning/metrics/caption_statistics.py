@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from gmail_lightning.metrics.states import RowMetric
 
 
-class CaptionStatistics(Metric):
+class CaptionStatistics(RowMetric):
     """Share of different captions, and their mean length in words.
 
     A captioner that ignores its images writes one caption for all (rmokady/CLIP_prefix_caption#59), and its loss looks
@@ -19,32 +19,39 @@ class CaptionStatistics(Metric):
         prefix: Put before the name of every value.
     """
 
-    full_state_update = False
     higher_is_better = True
-    captions: list[Tensor]
-    words: Tensor
-    count: Tensor
 
-    def __init__(self, prefix: str = "") -> None:
-        super().__init__()
-        self.prefix = prefix
-        self.add_state("captions", default=[], dist_reduce_fx="cat")  # a hash of each
-        self.add_state("words", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+    def update(self, captions: list[str], ids: Tensor | None = None) -> None:
+        """Adds captions, one per image, and ids, shape (B,), by which images are told apart.
 
-    def update(self, captions: list[str]) -> None:
-        """Adds captions, one per image."""
+        An id that comes twice, as where ranks share a last batch, counts once. Without ids every caption counts.
+
+        Raises:
+            ValueError: If there are not as many ids as captions.
+        """
+        if ids is not None and len(ids) != len(captions):
+            raise ValueError(f"{len(ids)} ids for {len(captions)} captions: give one for each.")
         split = [caption.lower().split() for caption in captions]
-        digests = [hashlib.sha256(" ".join(words).encode()).digest()[:8] for words in split]
-        numbers = [int.from_bytes(digest, "little", signed=True) for digest in digests]
-        self.captions.append(torch.tensor(numbers, dtype=torch.int64, device=self.count.device))
-        self.words += sum(map(len, split))
-        self.count += len(captions)
+        self.add_rows([(_number(words), len(words)) for words in split], ids)
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns ``unique_captions``, in (0, 1], and ``mean_length``; nothing where no caption came."""
-        if self.count == 0:
+        """Returns ``unique_captions``, in (0, 1], and ``mean_length``; nothing where no caption came.
+
+        Raises:
+            ValueError: If an id came with different captions, or some captions have an id and others none.
+        """
+        rows = self.distinct_rows()
+        if len(rows) == 0:
             return {}
-        hashes = torch.cat(self.captions) if isinstance(self.captions, list) else self.captions
-        values = {"unique_captions": len(hashes.unique()) / self.count.double(), "mean_length": self.words / self.count}
+        hashes, words = rows.unbind(1)
+        values = {
+            "unique_captions": hashes.new_tensor(len(hashes.unique())) / len(hashes),
+            "mean_length": words.double().mean(),
+        }
         return {self.prefix + name: value.float() for name, value in values.items()}
+
+
+def _number(words: list[str]) -> int:
+    """A hash of a caption that is the same in every process."""
+    digest = hashlib.sha256(" ".join(words).encode(errors="replace")).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)

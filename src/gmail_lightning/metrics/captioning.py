@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from gmail_lightning.metrics.java_tools import JavaError, ptb_tokenize_java, spi
 from gmail_lightning.metrics.meteor import meteor_scores
 from gmail_lightning.metrics.ngrams import NGRAM_METRICS, ReferenceNgrams, ngram_scores
 from gmail_lightning.metrics.ptb_tokenizer import ptb_tokenize
+from gmail_lightning.metrics.states import gather_state
 
 Tokenizer = Literal["auto", "java", "python"]
 #: The names of the values of each metric; those of the second group need Java.
@@ -82,7 +83,7 @@ class CocoCaptionScore(Metric):
         tokenizer: Tokenizer = "auto",
         timeout: float = 300.0,
     ) -> None:
-        super().__init__()
+        super().__init__(dist_sync_fn=gather_state)
         unknown = [name for name in metrics if name not in VALUES]
         if unknown or isinstance(metrics, str) or len(metrics) == 0:
             raise ValueError(f"metrics: expected some of {', '.join(VALUES)}, got {metrics!r}.")
@@ -122,14 +123,6 @@ class CocoCaptionScore(Metric):
         }
         for name, value in states.items():
             getattr(self, name).append(value.to(self.device))
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Exchanges the states; a rank that had no rows takes part with an empty one of the right type."""
-        for name in ("text", "lengths", "num_references", "ids"):
-            if isinstance(getattr(self, name), list):
-                dtype = torch.uint8 if name == "text" else torch.int64
-                getattr(self, name).append(torch.zeros(0, dtype=dtype, device=self.device))
-        super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
         """The values as float64 on the CPU, the same on every rank; nothing where no row came at all.

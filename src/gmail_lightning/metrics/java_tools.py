@@ -27,6 +27,9 @@ SPICE_JAR = "spice/spice-1.0.jar"
 SPICE_HEAP_GB = 8
 SPICE_MODELS = ("spice/lib/stanford-corenlp-3.6.0.jar", "spice/lib/stanford-corenlp-3.6.0-models.jar")
 
+#: What helps, whatever the argument is called where the tools are used.
+MORE_TIME = "(raise the timeout of the Java tools)"
+
 #: Text in UTF-8 and numbers with a point on any machine; what the virtual machine has to say goes to the errors.
 OPTIONS = (
     *("-XX:+IgnoreUnrecognizedVMOptions", "-XX:+DisplayVMOutputToStderr", "-XX:-UsePerfData"),
@@ -103,7 +106,7 @@ def run_java(
     environment = {**os.environ, "JDK_JAVA_OPTIONS": " ".join([given, *(f"--add-opens={name}" for name in opens)])}
     start = time.monotonic()
     if start >= deadline:
-        raise JavaError("no time left (raise timeout)")
+        raise JavaError(f"no time left {MORE_TIME}")
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -115,7 +118,7 @@ def run_java(
         # reads both pipes while it writes, so that none of them fills up
         output, complaints = process.communicate(text.encode(errors="replace"), timeout=deadline - start)
     except subprocess.TimeoutExpired as error:
-        raise JavaError(f"stopped after {time.monotonic() - start:.0f} s (raise timeout)") from error
+        raise JavaError(f"stopped after {time.monotonic() - start:.0f} s {MORE_TIME}") from error
     finally:
         if process.poll() is None:  # too slow, or this process was interrupted: end the child and what it started
             os.killpg(process.pid, signal.SIGKILL)

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from gmail_lightning.metrics.retrieval import image_text_recall
+from gmail_lightning.metrics.states import gather_state
 
 
 def linear_probe_accuracy(generated: Tensor, real: Tensor, *, ids: Tensor | None = None, ridge: float = 1e-2) -> Tensor:
@@ -114,7 +115,7 @@ class ModalityGap(Metric):
     image_id: list[Tensor]
 
     def __init__(self, ks: Sequence[int] = (1, 5, 10), prefix: str = "") -> None:
-        super().__init__()
+        super().__init__(dist_sync_fn=gather_state)
         self.ks, self.prefix = tuple(ks), prefix
         for name in ("features", "modality", "image_id"):
             self.add_state(name, default=[], dist_reduce_fx="cat")

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from gmail_lightning.metrics.states import gather_state
+
 #: Images and texts of a tile of scores. A CPU tile stays in the cache; a GPU needs large ones to keep its launches few.
 CPU_TILE = (512, 1024)
 GPU_TILE = (4096, 8192)
@@ -176,7 +178,7 @@ class ImageTextRecall(Metric):
     text_image_id: list[Tensor]
 
     def __init__(self, ks: Sequence[int] = (1, 5, 10), prefix: str = "") -> None:
-        super().__init__()
+        super().__init__(dist_sync_fn=gather_state)
         self.ks, self.prefix = tuple(ks), prefix
         for name in ("image_features", "image_id", "text_features", "text_image_id"):
             self.add_state(name, default=[], dist_reduce_fx="cat")

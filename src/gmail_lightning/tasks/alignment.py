@@ -16,6 +16,7 @@ from gmail_lightning.losses import alignment_loss, clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall, ModalityGap
 from gmail_lightning.models import DualEncoder, ImageEncoder, ModalityEncoder
 from gmail_lightning.models.base import ROLES
+from gmail_lightning.models.modality import freeze_behind
 from gmail_lightning.tasks.base import BaseTask, in_chunks, paired_rows
 from gmail_lightning.tasks.retrieval import update_recall
 from gmail_lightning.types import ImageTextBatch, InputSpec
@@ -116,18 +117,15 @@ class AlignmentTask(BaseTask):
         if self.reads_patches and not -num_blocks <= patch_layer < num_blocks:
             raise ValueError(f"patch_layer={patch_layer}: this tower has {num_blocks} blocks.")
         if not self.reads_pooled:
-            self._train_patches_only(projection, patch_layer % num_blocks)
+            if projection or real_path != "frozen":
+                raise ValueError(
+                    "A projection acts on pooled features, and no term on these has a weight: leave it out."
+                )
+            freeze_behind(self.encoder, patch_layer)  # no loss reaches what lies behind the patch tokens
         self.contrastive_chunk_size = contrastive_chunk_size
         learnable = learnable_temperature and (alignment_weight > 0 or patch_weight > 0)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learnable)
         self.bias = nn.Parameter(torch.tensor(-10.0), requires_grad=learnable and loss == "sigmoid")
-
-    def _train_patches_only(self, projection: bool, last_block: int) -> None:
-        """Without a term on pooled features, what lies behind the patch tokens stays as it is: no loss reaches it."""
-        if projection or self.encoder.real_path != "frozen":
-            raise ValueError("A projection acts on pooled features, and no term on these has a weight: leave it out.")
-        for name, parameter in self.encoder.image_adapters():  # encoder.lora.image.<block>.<role>.<factor>
-            parameter.requires_grad_(int(name.split(".")[3]) <= last_block)
 
     @property
     def pretrained(self) -> bool:

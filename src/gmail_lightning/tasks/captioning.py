@@ -202,10 +202,12 @@ class CaptioningTask(BaseTask):
             name, ids = which.name.lower(), batch["row_id"][rows]
             if f"{name}_scores" in metrics:
                 metrics[f"{name}_scores"].update(written, references, ids=ids)
-            metrics[f"{name}_statistics"].update(written)
+            metrics[f"{name}_statistics"].update(written, ids=ids)
             questions = batch.get("question", [""] * len(batch["modality"]))
             asked = [i for i, row in enumerate(rows.tolist()) if questions[row]]
-            metrics[f"{name}_choices"].update([written[i] for i in asked], [references[i][0] for i in asked])
+            metrics[f"{name}_choices"].update(
+                [written[i] for i in asked], [references[i][0] for i in asked], ids=ids[asked]
+            )
 
     def predict_step(self, batch: ImageTextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Captions of a batch: ``caption`` (B,), ``image_id`` (B,) and ``sample_key``."""
