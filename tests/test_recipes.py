@@ -25,8 +25,13 @@ def test_a_recipe_parses_and_says_how_it_runs(recipe: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("rival", RIVALS, ids=lambda p: p.stem)
-@pytest.mark.parametrize("recipe", ["emoji/retrieval", "gmail/retrieval_vitb16_coco"])
-def test_a_rival_is_one_override(rival: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("folder", ["emoji", "gmail"])
+def test_a_rival_is_one_override(rival: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    task = {"emoji": "retrieval", "gmail": "retrieval_vitb16_coco"}
+    if rival.stem == "text_only":
+        task = {"emoji": "caption_clipcap", "gmail": "caption_clipcap_vitb32_coco"}
+    recipe = f"{folder}/{task[folder]}"
+
     def printed(*overlays: str) -> list[str]:
         with pytest.raises(SystemExit) as left:
             main(["fit", "--config", str(recipes_folder() / f"{recipe}.yaml"), *overlays, "--print_config"])
@@ -34,6 +39,17 @@ def test_a_rival_is_one_override(rival: Path, recipe: str, capsys: pytest.Captur
         return capsys.readouterr().out.splitlines()
 
     changed = set(printed("--config", str(rival))) ^ set(printed())
-    allowed = ("aligned", "rank", "alpha", "targets", "- q", "- v", "train_adapters", "generated_fraction", "runs/")
+    allowed = (
+        "aligned",
+        "rank",
+        "alpha",
+        "targets",
+        "- q",
+        "- v",
+        "train_adapters",
+        "generated_fraction",
+        "runs/",
+        "text_noise",
+    )
     assert changed or (rival.stem, recipe) == ("generated_as_real", "gmail/retrieval_vitb16_coco")  # its own default
     assert all(line.strip().startswith(allowed) for line in changed), changed
