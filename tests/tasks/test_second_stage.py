@@ -110,6 +110,7 @@ def test_a_folder_means_its_newest_run(aligned, image, tmp_path) -> None:
     content["state_dict"] = {k: v * 2 if k.endswith(".B") else v for k, v in content["state_dict"].items()}
     torch.save(content, newer)
     folder = LinearProbeTask(tiny_encoder(), aligned=str(tmp_path))
+    assert str(newer) in folder.encoder.describe()
     file = LinearProbeTask(tiny_encoder(), aligned=str(newer))
     with torch.no_grad():
         for task, same in ((folder, True), (LinearProbeTask(tiny_encoder(), aligned=str(older)), False)):

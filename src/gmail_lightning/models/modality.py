@@ -81,6 +81,7 @@ class ModalityEncoder(DualEncoder):
             encoder.requires_grad_(False)
         self.encoder = encoder.eval()
         self.real_path, self.text_side = real_path, text_side
+        self.origin = ""  # the file that the adapters are from
         self.settings = {
             "rank": rank, "alpha": alpha, "targets": list(targets), "real_path": real_path, "projection": projection
         }  # fmt: skip
@@ -209,6 +210,8 @@ class ModalityEncoder(DualEncoder):
         )
         if self.generated_projection is not None:
             generated += " and a projection"
+        if self.origin:
+            generated += f", as in {self.origin}"
         trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         return (
             f"Real images: {self.real_path} path. Generated images: {generated}. Text side: {self.text_side}. "
@@ -333,6 +336,7 @@ def _as_aligned(encoder: ImageEncoder, aligned: str, text: dict[str, Any], has_t
     if absent:
         raise ValueError(f"{path}: lacks the adapters {absent[:4]}.")
     model.load_state_dict({name: recorded.state[name] for name in names}, strict=False)
+    model.origin = str(path)
     return model
 
 
