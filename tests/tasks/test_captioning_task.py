@@ -216,6 +216,7 @@ def test_java_alone_is_left_to_test(tmp_path: Path) -> None:
     quiet_trainer(tmp_path, max_steps=1, limit_val_batches=1, val_check_interval=1).fit(made, emoji_data())
     assert "unique_captions" in made.results["novel"]
     assert not {"METEOR", "CIDEr"} & made.results["novel"].keys()
+    assert made.tokenizers == {}  # nothing was split
 
 
 def test_adapters_that_the_captioner_does_not_read_stay_as_they_are(aligned: Any, tmp_path: Path) -> None:
@@ -299,3 +300,6 @@ def test_settings_that_cannot_work_are_refused() -> None:
     tokens.feature_layer = -2
     with pytest.raises(ValueError, match="captioner of pooled features"):
         task(captioner=tokens, text_noise=0.016)
+    tokens.feature_layer = 5
+    with pytest.raises(ValueError, match="feature_layer=5: this tower has 2 blocks"):
+        task(captioner=tokens)

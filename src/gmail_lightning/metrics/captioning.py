@@ -25,11 +25,12 @@ from gmail_lightning.metrics.ptb_tokenizer import ptb_tokenize
 from gmail_lightning.metrics.states import gather_state
 
 Tokenizer = Literal["auto", "java", "python"]
-#: The names of the values of each metric; those of the second group need Java.
+#: The names of the values of each metric.
 VALUES = {
     "bleu": ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"), "rouge": ("ROUGE_L",), "cider": ("CIDEr",),
     "meteor": ("METEOR",), "spice": ("SPICE",),
 }  # fmt: skip
+#: Those that need Java, and how they are computed.
 JAVA_METRICS: dict[str, Callable[..., tuple[float, np.ndarray]]] = {"meteor": meteor_scores, "spice": spice_scores}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import ROLES, DualEncoder, ImageEncoder, LoRATarget, Tower
-from gmail_lightning.models.branches import build_encoder, newest_checkpoint, read_branches
+from gmail_lightning.models.branches import build_encoder, read_branches
 from gmail_lightning.models.lora import add_lora, lora_disabled
 from gmail_lightning.types import ImageSpec, Modality, TextSpec
 
@@ -258,86 +258,6 @@ class ModalityEncoder(DualEncoder):
             raise ValueError(f"{path}: lacks {sorted(missing)[:4]} and has unknown {sorted(unknown)[:4]}.")
         model.load_state_dict(recorded.state, strict=False)
         return model.eval()
-
-
-def second_stage(
-    encoder: ImageEncoder,
-    aligned: str | dict[str, Any] | None,
-    text_side: TextSide | None = None,
-    text_rank: int = 4,
-    text_targets: Collection[str] = ("q", "v"),
-    train_adapters: bool = False,
-) -> ModalityEncoder:
-    """Builds the encoder of a task that follows the alignment: its branches as aligned, frozen, and a text side.
-
-    Args:
-        encoder: The plain encoder that the alignment started from.
-        aligned: Checkpoint of an ``AlignmentTask``, or a folder: the newest ``checkpoints/last.ckpt`` below it. None:
-            no branch of their own for generated images, which are taken as real. Settings (``rank``, ``alpha``,
-            ``targets``, ...) in place of a file: adapters that are new, or to be loaded.
-        text_side: As ``ModalityEncoder``; None where the task has no texts.
-        text_rank: As ``ModalityEncoder``.
-        text_targets: As ``ModalityEncoder``.
-        train_adapters: Train the adapters of the generated branch, too.
-
-    Raises:
-        ValueError: If there is no such checkpoint, it was trained on another encoder, it has no branch for generated
-            images or a text side that would be dropped, or nothing is to be trained.
-    """
-    text = {"text_side": text_side or "frozen", "text_rank": text_rank, "text_targets": text_targets}
-    if train_adapters and aligned is None:
-        raise ValueError("train_adapters needs aligned: without it there are no adapters.")
-    if aligned is None or isinstance(aligned, dict):
-        model = ModalityEncoder(encoder, **(aligned or {"rank": 0}), **cast(Any, text))
-    else:
-        model = _as_aligned(encoder, aligned, text, has_texts=text_side is not None)
-    for name, parameter in model.image_adapters():
-        parameter.requires_grad_(train_adapters and not name.startswith("real_projection."))
-    return model
-
-
-def freeze_behind(encoder: ModalityEncoder, layer: int) -> None:
-    """Freezes the adapters that patch tokens of a block do not pass: those of later blocks, and the projections.
-
-    Raises:
-        ValueError: If the image tower has no such block.
-    """
-    num_blocks = 1 + max(target.block for target in encoder.lora_targets(ROLES))
-    if not -num_blocks <= layer < num_blocks:
-        raise ValueError(
-            f"layer={layer}: the image tower has {num_blocks} blocks, from {-num_blocks} to {num_blocks - 1}."
-        )
-    for name, parameter in encoder.image_adapters():  # encoder.lora.image.<block>.<role>.<factor>, or a projection
-        if not name.startswith("encoder.lora.") or int(name.split(".")[3]) > layer % num_blocks:
-            parameter.requires_grad_(False)
-
-
-def _as_aligned(encoder: ImageEncoder, aligned: str, text: dict[str, Any], has_texts: bool) -> ModalityEncoder:
-    if not isinstance(aligned, str):
-        raise ValueError(f"aligned={aligned!r}: give a string, which a checkpoint can record.")
-    path = newest_checkpoint(aligned) if Path(aligned).is_dir() else Path(aligned)
-    if path is None or not path.exists():
-        raise ValueError(
-            f"aligned={aligned!r}: no such checkpoint, and no checkpoints/last.ckpt below it. Run the alignment first, "
-            "as the header of the recipe says, or give its checkpoint."
-        )
-    recorded = read_branches(path)
-    recorded.check(encoder)
-    model = ModalityEncoder(encoder, **recorded.image_settings, **text)
-    names = {name.removeprefix("encoder."): name for name, _ in model.image_adapters()}
-    if not names:
-        raise ValueError(f"{path}: no branch for generated images in it. Give the checkpoint of an alignment.")
-    if has_texts and recorded.text_settings.get("text_side") not in (None, "frozen"):
-        raise ValueError(
-            f"{path}: the text side that was trained there would be dropped. Give the checkpoint of the alignment; to "
-            "go on with that run, its own recipe and --ckpt_path."
-        )
-    absent = sorted(names.keys() - recorded.state.keys())
-    if absent:
-        raise ValueError(f"{path}: lacks the adapters {absent[:4]}.")
-    model.load_state_dict({name: recorded.state[name] for name in names}, strict=False)
-    model.origin = str(path)
-    return model
 
 
 def _identity(width: int) -> nn.Linear:

@@ -15,8 +15,7 @@ from torchmetrics import Metric
 from gmail_lightning.losses import alignment_loss, clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall, ModalityGap
 from gmail_lightning.models import DualEncoder, ImageEncoder, ModalityEncoder
-from gmail_lightning.models.base import ROLES
-from gmail_lightning.models.modality import freeze_behind
+from gmail_lightning.models.second_stage import block_number, freeze_behind
 from gmail_lightning.tasks.base import BaseTask, in_chunks, paired_rows
 from gmail_lightning.tasks.retrieval import update_recall
 from gmail_lightning.types import ImageTextBatch, InputSpec
@@ -113,15 +112,13 @@ class AlignmentTask(BaseTask):
             encoder, rank=rank, alpha=alpha, targets=tuple(targets), real_path=real_path, projection=projection
         )
         self.loss, self.symmetric, self.patch_layer = loss, symmetric, patch_layer
-        num_blocks = 1 + max(target.block for target in self.encoder.lora_targets(ROLES))
-        if self.reads_patches and not -num_blocks <= patch_layer < num_blocks:
-            raise ValueError(f"patch_layer={patch_layer}: this tower has {num_blocks} blocks.")
+        last_block = block_number(self.encoder, patch_layer, "patch_layer") if self.reads_patches else -1
         if not self.reads_pooled:
             if projection or real_path != "frozen":
                 raise ValueError(
                     "A projection acts on pooled features, and no term on these has a weight: leave it out."
                 )
-            freeze_behind(self.encoder, patch_layer)  # no loss reaches what lies behind the patch tokens
+            freeze_behind(self.encoder, last_block)  # no loss reaches what lies behind the patch tokens
         self.contrastive_chunk_size = contrastive_chunk_size
         learnable = learnable_temperature and (alignment_weight > 0 or patch_weight > 0)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learnable)

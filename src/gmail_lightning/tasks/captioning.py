@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -15,14 +16,14 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from gmail_lightning.metrics import CaptionStatistics, CocoCaptionScore, MultipleChoice
+from gmail_lightning.metrics.captioning import JAVA_METRICS
 from gmail_lightning.models import Captioner, DualEncoder, ImageEncoder, ModalityEncoder
 from gmail_lightning.models.fingerprint import frozen_weights, weights_difference
-from gmail_lightning.models.modality import freeze_behind, second_stage
+from gmail_lightning.models.second_stage import block_number, freeze_behind, second_stage
 from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
 PREFIXES = {Modality.REAL: "", Modality.GENERATED: "generated_"}
-JAVA = ("meteor", "spice")  # minutes of Java, not at every validation of a fit
 
 
 class CaptioningTask(BaseTask):
@@ -85,17 +86,20 @@ class CaptioningTask(BaseTask):
     ) -> None:
         super().__init__(optimizer, scheduler, warmup_steps)
         self.record_hyperparameters()
-        for name, value, least in (
-            ("num_beams", num_beams, 1), ("max_new_tokens", max_new_tokens, 1), ("text_noise", text_noise or 0.0, 0),
-            ("label_smoothing", label_smoothing, 0), ("min_unique_captions", min_unique_captions, 0),
-        ):  # fmt: skip
-            if value < least or (name in ("label_smoothing", "min_unique_captions") and value > 1):
-                raise ValueError(f"{name}={value} is out of range.")
+        for name, value, least, most in (
+            ("num_beams", num_beams, 1, math.inf),
+            ("max_new_tokens", max_new_tokens, 1, math.inf),
+            ("text_noise", text_noise or 0.0, 0, math.inf),
+            ("label_smoothing", label_smoothing, 0, 1),
+            ("min_unique_captions", min_unique_captions, 0, 1),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name}={value} is out of range: from {least} to {most}.")
         self._check(encoder, captioner, text_noise, train_adapters)
         CocoCaptionScore(metrics, timeout=java_timeout)  # refuses unknown names now, not after the first epoch
         self.encoder = second_stage(encoder, aligned, train_adapters=train_adapters)
-        if train_adapters and captioner.feature_layer is not None:
-            freeze_behind(self.encoder, captioner.feature_layer)
+        if captioner.feature_layer is not None:
+            freeze_behind(self.encoder, block_number(encoder, captioner.feature_layer, "feature_layer"))
         self.captioner, self.feature_layer = captioner, captioner.feature_layer
         self.text_noise, self.label_smoothing = text_noise, label_smoothing
         self.score_names, self.min_unique_captions = list(metrics), min_unique_captions
@@ -182,7 +186,7 @@ class CaptioningTask(BaseTask):
     def build_metrics(self, eval_set: str) -> dict[str, Metric]:
         """Caption scores and statistics, of each modality; accuracy where the data ask multiple choice questions."""
         fits = self.trainer.state.fn == TrainerFn.FITTING
-        names = [name for name in self.score_names if not (fits and name in JAVA)]
+        names = [name for name in self.score_names if not (fits and name in JAVA_METRICS)]  # minutes of Java
         built: dict[str, Metric] = {}
         for which, prefix in PREFIXES.items():
             if names:
@@ -221,8 +225,8 @@ class CaptioningTask(BaseTask):
             name, parts = key.removeprefix(f"{stage}/"), cast(Any, metrics)
             scores = [part for part in parts.values() if isinstance(part, CocoCaptionScore)]
             self.reasons[name] = {k: reason for score in scores for k, reason in score.reasons.items()}
-            used = {score.tokenizer_used for score in scores if score.tokenizer_used}
-            self.tokenizers[name] = " and ".join(sorted(used))
+            if used := {score.tokenizer_used for score in scores if score.tokenizer_used}:
+                self.tokenizers[name] = " and ".join(sorted(used))
             for which, prefix in PREFIXES.items():
                 unique = self.results[name].get(f"{prefix}unique_captions", 1.0)
                 if unique < self.min_unique_captions and not self.trainer.sanity_checking:

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from gmail_lightning.metrics import ZeroShotAccuracy
 from gmail_lightning.models import DualEncoder, ModalityEncoder
-from gmail_lightning.models.modality import second_stage
+from gmail_lightning.models.second_stage import second_stage
 from gmail_lightning.tasks.base import BaseTask, in_chunks
 from gmail_lightning.transforms.text import fill, given_templates
 from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality

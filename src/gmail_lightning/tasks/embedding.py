@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from gmail_lightning.models import ImageEncoder
-from gmail_lightning.models.modality import ModalityEncoder, second_stage
+from gmail_lightning.models.modality import ModalityEncoder
+from gmail_lightning.models.second_stage import second_stage
 from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.tasks.feature_record import feature_record
 from gmail_lightning.types import InputSpec, Modality

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmail_lightning.models import ImageEncoder, ModalityEncoder
-from gmail_lightning.models.modality import second_stage
+from gmail_lightning.models.second_stage import second_stage
 from gmail_lightning.tasks.classification import ClassificationTask
 from gmail_lightning.types import ImageTextBatch, InputSpec
 

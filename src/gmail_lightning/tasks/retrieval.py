@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from gmail_lightning.losses import clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall
 from gmail_lightning.models import DualEncoder
-from gmail_lightning.models.modality import second_stage
+from gmail_lightning.models.second_stage import second_stage
 from gmail_lightning.tasks.base import BaseTask, in_chunks, paired_rows
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
