@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from gmail_lightning.datasets.base import ImageDecodeError, decode_image, one_line, stable_ids
+from gmail_lightning.datasets.base import ImageDecodeError, decode_image, one_line
+from gmail_lightning.datasets.ids import stable_ids
 
 
 def picture(mode: str) -> Image.Image:

@@ -21,10 +21,9 @@ from gmail_lightning.datasets.base import (
     ModalityName,
     decode_image,
     one_line,
-    stable_ids,
 )
-from gmail_lightning.datasets.image_folder import SUFFIXES
-from gmail_lightning.transforms.image import resize
+from gmail_lightning.datasets.ids import stable_ids
+from gmail_lightning.transforms.image import SUFFIXES, resize
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
 MAX_BROKEN = 100  # images in a row that do not decode

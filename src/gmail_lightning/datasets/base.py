@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +29,6 @@ class DataError(ValueError):
 
 class ImageDecodeError(DataError):
     """An image cannot be read or decoded. Training replaces the row and counts it; evaluation stops."""
-
-
-def stable_ids(names: Iterable[str]) -> np.ndarray:
-    """Maps strings to positive int64 ids, shape (N,), that no machine, order or version changes."""
-    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
-    return np.fromiter((int.from_bytes(d, "little") >> 1 for d in digests), dtype=np.int64)
 
 
 def folder_space(folder: Path) -> str:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gmail_lightning.datasets.base import DataError, ModalityName, stable_ids
+from gmail_lightning.datasets.base import DataError, ModalityName
+from gmail_lightning.datasets.ids import stable_ids
 from gmail_lightning.datasets.image_folder import ClassImages, given_names
 from gmail_lightning.datasets.protocols import CLASS_PROTOCOLS, compare_counts
 from gmail_lightning.transforms.text import prompt_class_names, prompt_templates

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path, PurePath
 from typing import Literal
 
-from gmail_lightning.datasets.base import DataError, ModalityName, stable_ids
+from gmail_lightning.datasets.base import DataError, ModalityName
 from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows
 from gmail_lightning.datasets.coco import karpathy_rows, read_json
+from gmail_lightning.datasets.ids import stable_ids
 
 PROTOCOLS = {"full": "flickr30k_full", "train": "flickr30k_train", "val": "flickr30k_val", "test": "flickr30k_1k"}
 

@@ -16,11 +16,10 @@ from gmail_lightning.datasets.base import (
     constant_modality,
     decode_image,
     folder_space,
-    stable_ids,
 )
+from gmail_lightning.datasets.ids import stable_ids
+from gmail_lightning.transforms.image import SUFFIXES
 from gmail_lightning.transforms.text import fill, given_templates
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff"}
 
 
 class ClassImages(ImageTextDataset):

@@ -19,7 +19,6 @@ from gmail_lightning.datasets.base import (
     decode_image,
     folder_space,
     one_line,
-    stable_ids,
 )
 from gmail_lightning.datasets.columns import (
     Kind,
@@ -30,6 +29,7 @@ from gmail_lightning.datasets.columns import (
     text_lists,
     texts,
 )
+from gmail_lightning.datasets.ids import stable_ids
 from gmail_lightning.types import Modality
 
 

@@ -17,8 +17,8 @@ from gmail_lightning.datasets.base import (
     constant_modality,
     decode_image,
     folder_space,
-    stable_ids,
 )
+from gmail_lightning.datasets.ids import stable_ids
 
 LETTERS = "ABCDE"
 IMAGE = "<image>"  # LLaVA's placeholder; the captioner puts the image where its prompt wants it

@@ -8,8 +8,9 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from gmail_lightning.datasets.base import DataError, ModalityName, stable_ids
+from gmail_lightning.datasets.base import DataError, ModalityName
 from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows
+from gmail_lightning.datasets.ids import stable_ids
 
 VALIDATION_ENTRIES = 1_000
 BLOCK = 1 << 20  # characters of the file read at a time

@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gmail_lightning.datasets.base import DataError, stable_ids
+from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.columns import integers_or_texts
-from gmail_lightning.datasets.image_folder import SUFFIXES
+from gmail_lightning.datasets.ids import stable_ids
+from gmail_lightning.transforms.image import SUFFIXES
 
 INDEX = "index.parquet"
 META = b"gmail_lightning_tar_index"

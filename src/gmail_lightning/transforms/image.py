@@ -9,6 +9,8 @@ from torchvision.transforms.v2 import functional as F
 
 from gmail_lightning.types import ImageSpec
 
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff"}  # of the names of images
+
 
 def resize(image: Tensor, spec: ImageSpec) -> Tensor:
     """Resizes one image with antialiasing.

@@ -1,0 +1,164 @@
+"""Ids: what a value, a file or the bytes of an image mean as a number, the same in every data set.
+
+A value is an integer or a text, and its number does not depend on how it is stored: 1, 1.0, "1" and " 1 " are one id.
+Values that a file states are in the common space, where integers from 0 to 2^63 - 1 keep their number, so that COCO's
+ids are COCO's everywhere; all else is a hash. In a space with a name, every value is a hash of space and value, so that
+two data sets that both count from 0 have no id in common. An image without a stated id is known by its name and its
+folder, and a folder by the first image in it: it may be moved, renamed, or reached by another path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gmail_lightning.datasets.base import DataError
+from gmail_lightning.transforms.image import SUFFIXES
+
+MISSING = {"", "nan", "<na>", "null", "none"}  # as pandas, NumPy and Python write what is not there
+PLAIN = r"^(0|[1-9][0-9]{0,17})$"  # integers that Arrow turns into numbers at once
+LARGEST_EXACT_FLOAT = 2**53
+
+
+def stable_ids(names: Iterable[str]) -> np.ndarray:
+    """Maps strings to positive int64 ids, shape (N,), that no machine, order or version changes."""
+    digests = (hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest() for name in names)
+    return np.fromiter((int.from_bytes(d, "little") >> 1 for d in digests), dtype=np.int64)
+
+
+def id_text(value: Any) -> str | None:
+    """Returns the one text of a value, None where it is missing: NaN, null, empty, or -1.
+
+    Raises:
+        DataError: If it is no integer and no text, or a float beyond 2^53, whose last digits are lost.
+    """
+    if value is None or (isinstance(value, float | np.floating) and np.isnan(value)):
+        return None
+    if isinstance(value, float | np.floating):
+        if not abs(value) <= LARGEST_EXACT_FLOAT:
+            raise DataError(f"{float(value)!r} is no exact id: its last digits are lost. Store integers or texts.")
+        return id_text(str(int(value)) if value == int(value) else repr(float(value)))
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer | str):
+        raise DataError(f"{value!r} is no id: give an integer or a text.")
+    text = unicodedata.normalize("NFC", str(value).strip())
+    if integer := re.fullmatch(r"\+?(-?(?:0|[1-9][0-9]*))(?:\.0*)?", text):
+        text = "0" if integer[1] == "-0" else integer[1]
+    return None if text == "-1" or text.lower() in MISSING else text
+
+
+def id_number(value: Any, space: str = "") -> int:
+    """Returns the id of one value, -1 where it is missing; see the module.
+
+    Raises:
+        DataError: As ``id_text``.
+    """
+    text = id_text(value)
+    if text is None:
+        return -1
+    if not space and re.fullmatch("[0-9]+", text) and int(text) < 2**63 and str(int(text)) == text:
+        return int(text)
+    return int(stable_ids([f"{space}/{text}" if space else text])[0])
+
+
+def id_column(column: pa.ChunkedArray, space: str = "") -> np.ndarray:
+    """Returns the ids of a column of integers, floats or texts, shape (N,) int64, -1 where there is none.
+
+    Raises:
+        DataError: As ``id_text``; the message begins with the number of the row, from 1.
+    """
+    if pa.types.is_signed_integer(column.type) and not space:
+        numbers = column.cast(pa.int64()).fill_null(-1).to_numpy()
+        if (numbers >= -1).all():
+            return np.asarray(numbers)
+    if pa.types.is_floating(column.type):
+        column = column.cast(pa.float64())
+    elif not pa.types.is_integer(column.type) and not pa.types.is_null(column.type):
+        column = column.cast(pa.string())
+        plain = pc.match_substring_regex(column, PLAIN).fill_null(False)
+        if not space and pc.all(plain, min_count=0).as_py():
+            return np.asarray(column.cast(pa.int64()).to_numpy())
+    values = pc.unique(column)
+    codes = pc.index_in(column, value_set=values).to_numpy()
+    numbers = np.empty(len(values), dtype=np.int64)
+    for i, value in enumerate(values.to_pylist()):
+        try:
+            numbers[i] = id_number(value, space)
+        except DataError as error:
+            raise DataError(f"row {int(np.argmax(codes == i)) + 1}: {error}") from error
+    ids: np.ndarray = numbers[codes.astype(np.int64)]
+    return ids
+
+
+def content_id(data: bytes) -> int:
+    """Returns the id of an image that is known by its bytes alone."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def file_ids(root: str | Path, files: Sequence[str], space: str = "") -> np.ndarray:
+    """Returns the ids of image files, shape (N,) int64: one file has one id, however its path is written.
+
+    Args:
+        root: Folder that relative paths start from.
+        files: Paths.
+        space: With a name, the ids are those of the paths below ``root`` in this space. Without one, each file is known
+            by its name and its folder, and the folder by the first image in it.
+    """
+    names, number = np.unique(np.array([os.path.join(root, file) for file in files], dtype=object), return_inverse=True)
+    if space:
+        start = os.path.abspath(root)
+        return stable_ids(f"{space}/{Path(os.path.relpath(name, start)).as_posix()}" for name in names)[number]
+    folders = {folder: _folder_name(folder) for folder in {os.path.dirname(name) for name in names}}
+    return stable_ids(f"{folders[os.path.dirname(name)]}/{_file_name(name)}" for name in names)[number]
+
+
+def _file_name(path: str) -> str:
+    return unicodedata.normalize("NFC", os.path.basename(path))
+
+
+def _folder_name(folder: str) -> str:
+    """A digest of the first image in a folder and of its name; of the folder's path, where it holds no image."""
+    try:
+        first = min(_images(folder), key=lambda name: unicodedata.normalize("NFC", name), default=None)
+        if first is None:
+            return os.path.normpath(folder)
+        content = Path(folder, first).read_bytes()
+    except OSError:  # told when its pixels are asked for
+        return os.path.normpath(folder)
+    digest = hashlib.blake2b(_file_name(first).encode() + b"\0" + content, digest_size=8).hexdigest()
+    other = _folders.setdefault(digest, folder)
+    if other != folder and os.path.isdir(other) and not os.path.samefile(other, folder):
+        _refuse_twins(folder, other)
+    return digest
+
+
+_folders: dict[str, str] = {}  # by digest, of this process
+
+
+def _images(folder: str) -> list[str]:
+    with os.scandir(folder or ".") as entries:
+        return [entry.name for entry in entries if is_image_name(entry.name)]
+
+
+def _refuse_twins(folder: str, other: str) -> None:
+    """Refuses two folders that begin with one image and then differ: equal names in them are not one image."""
+    for name in set(_images(folder)) & set(_images(other)):
+        if os.path.getsize(os.path.join(folder, name)) != os.path.getsize(os.path.join(other, name)):
+            raise DataError(
+                f"{folder} and {other} begin with the same image, but {name} differs, so that their images cannot be "
+                "told apart by it. Give each of the data sets a name of its own as space."
+            )
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is an image that is meant to be seen: no hidden one, none of macOS's ``._`` files."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
