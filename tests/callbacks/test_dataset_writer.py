@@ -290,19 +290,6 @@ def test_an_image_like_an_evaluation_image_is_rejected(tmp_path: Path) -> None:
     assert "Near duplicates: up to 2 differing bits of perceptual hashes. Near evaluation images: up to 2" in card
 
 
-def test_ids_below_a_folder_stay_apart_in_the_store(tmp_path: Path) -> None:
-    first, second = captions(4), Captions(["other"], 900)
-    generate(tmp_path / "set", PromptDataModule(first, evaluation={}))
-    assert TarShards(tmp_path / "set").id_space == ""
-    first.id_space = "folder"
-    generate(tmp_path / "own", PromptDataModule(first, evaluation={}))
-    assert TarShards(tmp_path / "own").id_space == "folder"
-    generate(tmp_path / "own", PromptDataModule([first, second], evaluation={}))
-    assert json.loads((tmp_path / "own/recipe.json").read_text())["id_spaces"] == ["", "folder"]
-    generate(tmp_path / "own", PromptDataModule(first, evaluation={}))  # what is known stays known
-    assert TarShards(tmp_path / "own").id_space not in ("", "folder")
-
-
 # Modes
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from gmail_lightning.datasets import CocoCaptions, DataError, ImageDecodeError, protocols
+from gmail_lightning.datasets.ids import stable_ids
 
 COCO: dict[str, Any] = {
     "images": [{"id": 9, "file_name": "9.png"}, {"id": 4, "file_name": "4.png"}],
@@ -95,8 +96,11 @@ def test_karpathy_splits(tmp_path: Path, split: str, images: list[int], captions
 
 def test_other_data_sets_of_karpathy_have_no_coco_ids(tmp_path: Path) -> None:
     entry = {k: v for k, v in karpathy(5, "train", [1]).items() if k not in ("cocoid", "filepath")}
+    flickr = CocoCaptions(write(tmp_path, {"dataset": "flickr8k", "images": [entry]}), tmp_path, split="train")
+    assert flickr.image_id.tolist() == stable_ids(["flickr8k/5.png"]).tolist()
+    assert flickr.pair_id.tolist() == stable_ids(["flickr8k/5.png#0"]).tolist()
     data = CocoCaptions(write(tmp_path, {"images": [entry]}), tmp_path, split="train")
-    assert data.image_id.tolist() == [4]
+    assert data.image_id.tolist() == stable_ids(["karpathy/5.png"]).tolist()
     Image.new("RGB", (3, 2)).save(tmp_path / "5.png")
     assert data[0]["image"].shape == (3, 2, 3)
 

@@ -85,7 +85,7 @@ def test_instruction_letter_and_split(root: Path) -> None:
 
 
 def test_what_is_no_scienceqa_is_refused(root: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="no such annotation file"):
         ScienceQA(root / "nothing.json", root / "images")
     with pytest.raises(DataError, match=r"(?s)neither problems\.json.*'val'"):
         ScienceQA(root / "problems.json", root / "images", "val")

@@ -75,7 +75,7 @@ def test_wrong_files_of_sharegpt4v(tmp_path: Path) -> None:
         ([{"image": "a.jpg", "conversations": []}], "entry 1: no 'image', or no answer in 'conversations'"),
         ([entry("a.jpg", "A."), {"conversations": [0, {"value": "B."}]}], "entry 2: no 'image'"),
         ({"images": []}, "not a list in JSON"),
-        ([entry("a.jpg", "A."), entry("b.jpg", " ")], r"caption \d+ of b.jpg is empty"),
+        ([entry("a.jpg", "A."), entry("b.jpg", " ")], r"caption sharegpt4v/1 of b.jpg is empty"),
     ):
         path.write_text(json.dumps(content))
         with pytest.raises(DataError, match=message):

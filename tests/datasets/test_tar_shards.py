@@ -532,11 +532,3 @@ def test_tars_of_a_store_without_its_manifest_are_refused(tmp_path: Path, with_p
         (tmp_path / "train-000000.parquet").unlink()
     with pytest.raises(DataError, match=r"train-000000.tar is of a store .*copy manifest.parquet too"):
         TarShards(tmp_path, modality="generated")
-
-
-def test_a_store_has_the_id_space_of_its_captions(tmp_path: Path) -> None:
-    write_store(tmp_path, [store_row(0)])
-    assert TarShards(tmp_path).id_space == ""  # recipes of before said nothing
-    for spaces, expected in ((["x"], "x"), (["", "x"], " + x")):
-        (tmp_path / "recipe.json").write_text(json.dumps({"id_spaces": spaces}))
-        assert TarShards(tmp_path).id_space == expected

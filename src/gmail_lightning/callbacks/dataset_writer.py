@@ -145,7 +145,7 @@ class DatasetWriter(Callback):
         refuse_other_folder(self.store, self.mode, made, data.split)  # on every rank alike
         trainer.strategy.barrier("DatasetWriter: the folder was looked at")
         if trainer.is_global_zero:
-            plan_images(self.store, self.mode, made, data.split, keys, {rows.id_space for rows in data.captions})
+            plan_images(self.store, self.mode, made, data.split, keys)
         trainer.strategy.barrier("DatasetWriter: the plan was written")
         plan = self.store.read_plan()
         world, first = trainer.world_size, self.worker * trainer.world_size

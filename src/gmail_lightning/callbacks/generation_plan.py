@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -77,9 +77,7 @@ def refuse_other_folder(store: ShardStore, mode: Mode, made: Made, split: str) -
     )
 
 
-def plan_images(
-    store: ShardStore, mode: Mode, made: Made, split: str, keys: pa.Array, id_spaces: Iterable[str] = ("",)
-) -> None:
+def plan_images(store: ShardStore, mode: Mode, made: Made, split: str, keys: pa.Array) -> None:
     """Writes down the recipe and plans the keys that are not planned yet; in mode ``overwrite`` after a clearance.
 
     Independent processes may do it at the same time: they write the same.
@@ -90,7 +88,6 @@ def plan_images(
         made: How the images are made.
         split: What they are for.
         keys: Names of all images of this run.
-        id_spaces: ``id_space`` of the data sets that their ids come from.
     """
     store.folder.mkdir(parents=True, exist_ok=True)
     found = store.read_recipe()
@@ -98,13 +95,11 @@ def plan_images(
         store.clear()
         found = None
     recipes = [] if found is None else found["recipes"]
-    before = [""] if found is None else found.get("id_spaces", [""])
-    spaces = sorted({*(before if recipes else ()), *id_spaces})
     if not any(_how(old, made) == made for old in recipes):
         created = datetime.now(UTC).isoformat(timespec="seconds")
         recipes = [*recipes, {"recipe_id": recipe_id(made["recipe"]), **made, "created": created}]
-    if found is None or (recipes, spaces) != (found["recipes"], before):
-        store.write_recipe({"split": split, "id_spaces": spaces, "recipes": recipes})
+    if found is None or recipes != found["recipes"]:
+        store.write_recipe({"split": split, "recipes": recipes})
     plan = store.read_plan()
     extended = plan.extended(keys, split, made["storage"]["shard_size"])
     if extended is not plan:

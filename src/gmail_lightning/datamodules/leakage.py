@@ -84,8 +84,8 @@ def check_leakage(
     """Looks for what training has in common with each evaluation set.
 
     Captions are compared in lower case, in Unicode's compatibility form, and with anything but letters and digits taken
-    as a space; evaluation sets whose captions are names of classes are left out. Image ids are compared between data
-    sets of one ``id_space``, whatever the modality: a generated image of an evaluation image is a leak, too. Pixels are
+    as a space; evaluation sets whose captions are names of classes are left out. Image ids are compared
+    whatever the modality: a generated image of an evaluation image is a leak, too. Pixels are
     compared by the perceptual hashes that the training sets know; an evaluation set that does not know its own is
     decoded, if it has no more than 10,000 pictures. What could not be compared is said in ``unchecked``.
 

@@ -231,7 +231,7 @@ class MixedModalityDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[ImageTextBatch]:
         """Returns the loader of ``predict``."""
         rows = self.predict_rows()
-        _tell(self.datasets["predict"])
+        _tell(self.datasets["predict"], need_captions=False)
         return self._loader(rows if self.only_predict is None else Subset(rows, self.only_predict.tolist()), None)
 
     def predict_rows(self) -> EvaluationRows:
@@ -326,9 +326,15 @@ class MixedModalityDataModule(LightningDataModule):
             self._sampler.start_batch = epoch * steps + step
 
 
-def _tell(datasets: list[ImageTextDataset]) -> None:
-    """Shows what the data sets have left out."""
+def _tell(datasets: list[ImageTextDataset], need_captions: bool = True) -> None:
+    """Shows what the data sets have left out.
+
+    Raises:
+        DataError: If captions are needed and a data set has none.
+    """
     for dataset in datasets:
+        if need_captions and dataset.no_captions is not None:
+            raise DataError(dataset.no_captions)
         if dataset.summary is not None:
             rank_zero_info(dataset.summary)
 

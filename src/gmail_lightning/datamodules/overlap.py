@@ -94,34 +94,23 @@ def _type(dataset: ImageTextDataset) -> str:
 def shared_image_ids(
     train: Sequence[ImageTextDataset], evaluation: Mapping[str, Sequence[ImageTextDataset]]
 ) -> dict[str, Shared]:
-    """Compares the ids of data sets of one ``id_space``; -1 is none."""
+    """Compares the ids of images; -1 is none."""
     found: dict[str, Shared] = {}
     for name, datasets in evaluation.items():
-        shared = total = 0
+        ids = np.unique(np.concatenate([dataset.image_id for dataset in datasets]))
+        ids = ids[ids != -1]
+        seen = np.zeros(len(ids), dtype=bool)
         example = ""
-        apart: dict[str, None] = {}
-        for space in dict.fromkeys(dataset.id_space for dataset in datasets):
-            here = [dataset for dataset in datasets if dataset.id_space == space]
-            ids = np.unique(np.concatenate([dataset.image_id for dataset in here]))
-            ids = ids[ids != -1]
-            total += len(ids)
-            seen = np.zeros(len(ids), dtype=bool)
-            for dataset in train:
-                if not len(ids):
-                    continue
-                if dataset.id_space != space:
-                    apart[f"{_type(dataset)} against {_type(here[0])} (ids of other names)"] = None
-                    continue
-                at = np.searchsorted(ids, dataset.image_id).clip(max=len(ids) - 1)
-                hit = ids[at] == dataset.image_id
-                seen[at[hit]] = True
-                if not example and hit.any():
-                    row = int(np.argmax(hit))
-                    value = int(dataset.image_id[row])
-                    other = next((d, int(np.argmax(d.image_id == value))) for d in here if value in d.image_id)
-                    example = f"image_id {value} in {_describe(other)} and in {_describe((dataset, row))}"
-            shared += int(seen.sum())
-        found[name] = Shared(shared, total, example, ", ".join(apart))
+        for dataset in train if len(ids) else ():
+            at = np.searchsorted(ids, dataset.image_id).clip(max=len(ids) - 1)
+            hit = ids[at] == dataset.image_id
+            seen[at[hit]] = True
+            if not example and hit.any():
+                row = int(np.argmax(hit))
+                value = int(dataset.image_id[row])
+                other = next((d, int(np.argmax(d.image_id == value))) for d in datasets if value in d.image_id)
+                example = f"image_id {value} in {_describe(other)} and in {_describe((dataset, row))}"
+        found[name] = Shared(int(seen.sum()), len(ids), example, "")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ class ImageDecodeError(DataError):
 
 
 def folder_space(folder: Path) -> str:
-    """Returns an ``id_space`` for names that start from a folder; it tells nobody where the folder is."""
+    """Returns a digest of a folder; it tells nobody where the folder is."""
     return hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
 
 
@@ -107,11 +108,10 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
         weight: Weight of each row in the training loss, shape (N,) float32; None where all count alike.
         summary: A line for the log: what was left out of the files, which protocol this is; None for nothing.
         not_for_training: Why no row may be trained on; None where nothing speaks against it.
-        id_space: Empty where equal ``image_id`` mean one real image, whatever the data set. Where ids are made of names
-            that start from a folder, a digest of that folder: ``0001.jpg`` below another one is another image.
         place: A digest of the folder of the images where it alone tells them from others of the same names and ids:
             generated images under the names of real ones. Cached features are compared by it, ids are not.
         has_questions: Rows ask something, and their captions answer it.
+        no_captions: Why there are none, so that the rows are for prediction alone and every caption is empty.
         captions_are_classes: Captions are made of the names of classes, so that training may well have the same.
         feature_store: What the features that stand in for pixels were made with; None where the rows have pixels.
     """
@@ -126,9 +126,9 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
     weight: np.ndarray | None = None
     summary: str | None = None
     not_for_training: str | None = None
-    id_space: str = ""
     place: str = ""
     has_questions: bool = False
+    no_captions: str | None = None
     captions_are_classes: bool = False
     feature_store: dict[str, Any] | None = None
 
@@ -195,7 +195,9 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
         try:
             return self.read_image(index)
         except FileNotFoundError as error:
-            raise ImageDecodeError(f"{self.describe(index)}: no file {error.filename}") from error
+            raise ImageDecodeError(
+                f"{self.describe(index)}: no file {error.filename}{_twin(error.filename)}"
+            ) from error
         except (OSError, ImageDecodeError) as error:
             raise ImageDecodeError(f"{self.describe(index)}: {error}") from error
 
@@ -213,6 +215,38 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
             source=self.source(index),
             sample_key=self.sample_key(index),
         )
+
+
+def _twin(name: Any) -> str:
+    """Names the file that only looks like a missing one, its letters being composed in another way."""
+    path = Path(str(name))
+    try:
+        names = [one.name for one in path.parent.iterdir()]
+    except OSError:
+        return ""
+    wanted = unicodedata.normalize("NFC", path.name)
+    twin = next((one for one in names if unicodedata.normalize("NFC", one) == wanted and one != path.name), None)
+    if twin is None:
+        return ""
+    form = "NFC" if unicodedata.is_normalized("NFC", twin) else "NFD"
+    return f", but one whose accents are composed otherwise (Unicode {form}): rename it, or write its name in this form"
+
+
+def own_pair_ids(dataset: ImageTextDataset) -> np.ndarray:
+    """Returns a ``pair_id`` for each real row that has none, -1 for generated ones, shape (N,) int64.
+
+    It is the ``image_id``, and where several rows show one image a hash of it and their captions, wherever a row
+    stands. What is generated from a row inherits it.
+    """
+    pair_id = np.where(dataset.modality == Modality.REAL, dataset.image_id, -1)
+    _, code, count = np.unique(dataset.image_id, return_inverse=True, return_counts=True)
+    seen: dict[tuple[Any, ...], int] = {}
+    for row in np.flatnonzero((pair_id != -1) & (count[code] > 1)).tolist():
+        name = (int(pair_id[row]), *dataset.captions(row))
+        seen[name] = seen.get(name, 0) + 1  # rows that are equal in all are told apart by counting
+        text = "\0".join(map(str, (*name, seen[name])))
+        pair_id[row] = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return pair_id
 
 
 def constant_modality(name: str, length: int) -> np.ndarray:

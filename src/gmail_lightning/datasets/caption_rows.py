@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,9 @@ from gmail_lightning.datasets.base import (
     decode_image,
     folder_space,
     one_line,
+    own_pair_ids,
 )
+from gmail_lightning.datasets.ids import id_number
 from gmail_lightning.datasets.protocols import CAPTION_PROTOCOLS, compare_counts
 
 
@@ -29,14 +31,14 @@ class CaptionRow(NamedTuple):
     Attributes:
         caption: The text; white space is put in order.
         file: Path of the image below the folder of the images.
-        image_id: Equal for the captions of one image.
-        caption_id: Different for every caption.
+        image_id: Equal for the captions of one image; an integer or a text.
+        caption_id: Different for every caption; an integer or a text.
     """
 
     caption: str
     file: str
-    image_id: int
-    caption_id: int
+    image_id: int | str
+    caption_id: int | str
 
 
 class CaptionRows(ImageTextDataset):
@@ -50,25 +52,25 @@ class CaptionRows(ImageTextDataset):
     annotations: Path
     image_root: Path
 
-    def set_rows(self, rows: list[CaptionRow], modality: ModalityName) -> None:
-        """Sets the columns.
+    def set_rows(self, rows: list[CaptionRow], modality: ModalityName, space: str = "") -> None:
+        """Sets the columns; ids are of ``space``, see :mod:`gmail_lightning.datasets.ids`.
 
         Raises:
-            DataError: If there is no row, a caption is empty, or an id of a caption occurs twice.
+            DataError: If there is no row, a caption is no text or empty, or an id is missing or occurs twice.
         """
         if not rows:
             raise DataError(f"{self.annotations}: no captions.")
-        captions = [one_line(row.caption) for row in rows]
-        if "" in captions:
-            row = rows[captions.index("")]
-            raise DataError(
-                f"{self.annotations}: caption {row.caption_id} of {row.file} is empty. Write one or remove it."
-            )
-        self._caption = pa.array(captions)  # one block of memory, which workers share
+        for row in rows if self.no_captions is None else ():
+            if not isinstance(row.caption, str) or not row.caption.strip():
+                found = "empty" if isinstance(row.caption, str) else f"{row.caption!r} and no text"
+                raise DataError(
+                    f"{self.annotations}: caption {row.caption_id} of {row.file} is {found}. Write one or remove it."
+                )
+        self._caption = pa.array([one_line(row.caption) for row in rows])  # one block of memory, which workers share
         self._file = pa.array([row.file for row in rows])
-        self.image_id = np.array([row.image_id for row in rows], dtype=np.int64)
-        self.pair_id = np.array([row.caption_id for row in rows], dtype=np.int64)
+        self.image_id = self._ids(rows, "image_id", space)
         self.modality = constant_modality(modality, len(rows))
+        self.pair_id = self._ids(rows, "caption_id", space) if self.no_captions is None else own_pair_ids(self)
         self.place = folder_space(self.image_root) if modality == "generated" else ""
         ids, first, count = np.unique(self.pair_id, return_index=True, return_counts=True)
         if len(ids) < len(rows):
@@ -78,6 +80,18 @@ class CaptionRows(ImageTextDataset):
                 f"{one.file} ({one.caption_id}). Give every caption an id of its own."
             )
         self._number = _running_numbers(self.image_id)
+
+    def _ids(self, rows: list[CaptionRow], name: Literal["image_id", "caption_id"], space: str) -> np.ndarray:
+        ids = np.empty(len(rows), dtype=np.int64)
+        for i, row in enumerate(rows):
+            value = getattr(row, name)
+            try:
+                ids[i] = value if type(value) is int and 0 <= value < 2**63 and not space else id_number(value, space)
+            except DataError as error:
+                raise DataError(f"{self.annotations}: {name} of {row.file}: {error}") from error
+            if ids[i] == -1:
+                raise DataError(f"{self.annotations}: {name} of {row.file} is {value!r}. Give it an integer or a text.")
+        return ids
 
     def check_protocol(self, protocol: str, enforce: bool = True) -> None:
         """Compares the counts with those of a protocol, and says in ``summary`` what the rows are.
@@ -128,5 +142,6 @@ def _running_numbers(group: np.ndarray) -> np.ndarray:
 
 def first_captions(rows: list[CaptionRow], captions_per_image: int) -> list[CaptionRow]:
     """The first so many captions of each image."""
-    numbers = _running_numbers(np.array([row.image_id for row in rows], dtype=np.int64))
+    _, image = np.unique([str(row.image_id) for row in rows], return_inverse=True)
+    numbers = _running_numbers(image)
     return [row for row, number in zip(rows, numbers.tolist(), strict=True) if number < captions_per_image]

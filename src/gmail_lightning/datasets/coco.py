@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from gmail_lightning.datasets.base import DataError, ModalityName
 from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows, first_captions
+from gmail_lightning.datasets.ids import id_text
 from gmail_lightning.datasets.protocols import CAPTION_PROTOCOLS
 
 
@@ -15,7 +16,9 @@ class CocoCaptions(CaptionRows):
     """One row per caption: ``image_id`` is COCO's image id, ``pair_id`` the id of the caption.
 
     Reads COCO's annotation files (``captions_train2017.json``) and Karpathy's splits (``dataset_coco.json``,
-    https://cs.stanford.edu/people/karpathy/deepimagesent/), also those of other data sets in that format.
+    https://cs.stanford.edu/people/karpathy/deepimagesent/), also those of other data sets in that format: where
+    Karpathy's file is not COCO's, images are known by its ``dataset`` and their file names. Files of images without
+    captions (``image_info_test2014.json``) are for prediction alone.
 
     Args:
         annotations: The JSON file.
@@ -25,7 +28,8 @@ class CocoCaptions(CaptionRows):
             and any other than these two is refused as training data.
         captions_per_image: So many captions of each image, the first in the file; all by default.
         protocol: ``coco_5k`` (val2017, 5,000 images and the first five captions of each) or ``karpathy_test`` (5,000
-            images, 25,010 captions): the counts are checked.
+            images, 25,010 captions): the counts are checked. Leave it out for a subset.
+        space: Name of the data set that the ids are of, where a file in COCO's format is not of COCO's images.
 
     Raises:
         DataError: If the file or the split is missing or malformed, a caption is empty or of no image, an image has no
@@ -41,6 +45,7 @@ class CocoCaptions(CaptionRows):
         split: str | None = None,
         captions_per_image: int | None = None,
         protocol: Literal["coco_5k", "karpathy_test"] | None = None,
+        space: str = "",
     ) -> None:
         if captions_per_image is not None and captions_per_image < 1:
             raise ValueError(f"captions_per_image={captions_per_image}: give at least 1, or leave it out for all.")
@@ -48,7 +53,11 @@ class CocoCaptions(CaptionRows):
         content = read_json(self.annotations)
         if not isinstance(content, dict) or not isinstance(content.get("images"), list):
             raise DataError(f"{annotations}: no list 'images': neither COCO's nor Karpathy's format.")
-        is_coco = "annotations" in content
+        images = content["images"]
+        without = "annotations" not in content and any("file_name" in image for image in images)
+        if without:
+            self.no_captions = f"{annotations} has no captions ('annotations'), so that it is for prediction alone."
+        is_coco = "annotations" in content or without
         if protocol is not None:
             split, captions_per_image = self._obey(protocol, is_coco, split, captions_per_image)
         try:
@@ -57,7 +66,7 @@ class CocoCaptions(CaptionRows):
             raise DataError(f"{annotations}: an entry has no {error}: neither COCO's nor Karpathy's format.") from error
         if captions_per_image is not None:
             rows = first_captions(rows, captions_per_image)
-        self.set_rows(rows, modality)
+        self.set_rows(rows, modality, space)
         self.split = karpathy_stream(split)
         if protocol is not None:
             self.check_protocol(protocol)
@@ -91,27 +100,27 @@ class CocoCaptions(CaptionRows):
             raise DataError(
                 f"{self.annotations}: split={split!r}, but COCO's annotation files hold one split each: leave it out."
             )
-        files = {image["id"]: image["file_name"] for image in content["images"]}
+        files = {id_text(image["id"]): image["file_name"] for image in content["images"]}
         if len(files) < len(content["images"]):
             raise DataError(
                 f"{self.annotations}: {len(content['images'])} images have {len(files)} different ids. "
                 "Give every image an id of its own."
             )
-        entries = content["annotations"]
-        lost = next((entry for entry in entries if entry["image_id"] not in files), None)
+        if self.no_captions is not None:
+            return [CaptionRow("", image["file_name"], image["id"], image["id"]) for image in content["images"]]
+        entries = [(entry, id_text(entry["image_id"])) for entry in content["annotations"]]
+        lost = next((entry for entry, image in entries if image not in files), None)
         if lost:
             raise DataError(
                 f"{self.annotations}: caption {lost['id']} belongs to image {lost['image_id']}, which 'images' lacks."
             )
-        silent = sorted(files.keys() - {entry["image_id"] for entry in entries}) if entries else []
+        silent = sorted(files.keys() - {image for _, image in entries}, key=str) if entries else []
         if silent:
             raise DataError(
                 f"{self.annotations}: {len(silent)} of {len(files)} images have no caption, the first is {silent[0]} "
                 f"({files[silent[0]]}). Remove them from 'images', or add captions."
             )
-        return [
-            CaptionRow(entry["caption"], files[entry["image_id"]], entry["image_id"], entry["id"]) for entry in entries
-        ]
+        return [CaptionRow(entry["caption"], files[image], entry["image_id"], entry["id"]) for entry, image in entries]
 
     def sample_key(self, index: int) -> str:
         """Returns image id and caption id."""
@@ -130,8 +139,8 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise DataError(f"{path}: no such annotation file. Check the path.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}).") from error
 
 
@@ -150,17 +159,22 @@ def karpathy_rows(content: dict[str, Any], split: str | None, annotations: Path)
             f"{annotations}: {fault}. Known: {', '.join(known)}; several are joined by +, as in train+restval."
         )
     rows: list[CaptionRow] = []
-    seen: set[int] = set()
+    seen: set[str | None] = set()
     for image in content["images"]:
         if image["split"] not in wanted:
             continue
-        number = image["cocoid"] if "cocoid" in image else image["imgid"]
         file = str(Path(image.get("filepath", ""), image["filename"]))
-        if number in seen or not image["sentences"]:
+        # COCO's ids are those of all its files; other data sets count from 0, each for itself
+        name = f"{content.get('dataset', 'karpathy')}/{image['filename']}"
+        number = image.get("cocoid", name)
+        if id_text(number) in seen or not image["sentences"]:
             fault = "has no caption" if not image["sentences"] else "stands there twice"
             raise DataError(f"{annotations}: image {number} ({file}) {fault}. Remove it, or mend the file.")
-        seen.add(number)
-        rows += [CaptionRow(sentence["raw"], file, number, sentence["sentid"]) for sentence in image["sentences"]]
+        seen.add(id_text(number))
+        rows += [
+            CaptionRow(sentence["raw"], file, number, sentence["sentid"] if number is not name else f"{name}#{i}")
+            for i, sentence in enumerate(image["sentences"])
+        ]
     return rows
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,42 +17,86 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gmail_lightning.datasets.base import DataError
+from gmail_lightning.datasets.ids import id_text, is_image_name
 
 Kind = Callable[[pa.ChunkedArray], pa.ChunkedArray]  # gives a column its type
+QUOTES = (
+    "Put double quotes around texts that hold a separator, a quote or a line break, and double the quotes within; "
+    "JSONL needs none of this."
+)
 ROWS_AT_ONCE = 65536  # of a text file, turned into Arrow columns together: never a list of all rows
 
 
 def texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Everything as text."""
+    """Everything as text; a number is the same text in every kind of file."""
+    if pa.types.is_floating(column.type):
+        return pa.chunked_array([pa.array([id_text(value) for value in column.to_pylist()], pa.string())])
+    return column.cast(pa.string())
+
+
+def ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Values for :func:`~gmail_lightning.datasets.ids.id_column`, as they are."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def integers_or_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """To be removed with its last use, in tar_index."""
     return column.cast(pa.string())
 
 
 def paths_or_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Bytes stay bytes, the rest is text."""
-    holds_bytes = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
-    return column.cast(pa.binary() if holds_bytes else pa.string())
+    """Bytes stay bytes, the rest is text; of Hugging Face's images (bytes, path) the bytes, where there are any."""
+    if pa.types.is_struct(column.type):
+        names = {column.type.field(i).name for i in range(column.type.num_fields)}
+        parts = {name: pc.struct_field(column, name) for name in ("bytes", "path") if name in names}
+        filled = [part for part in parts.values() if part.null_count < len(part)] or list(parts.values())
+        if not filled:
+            raise pa.ArrowInvalid(f"its fields are {', '.join(sorted(names))}, and neither bytes nor path is one")
+        column = filled[0]
+    if is_binary(column):
+        return column.cast(pa.binary() if column.nbytes < 2**31 else pa.large_binary())
+    return column.cast(pa.string())
+
+
+def is_binary(column: pa.ChunkedArray) -> bool:
+    """Whether a column holds bytes."""
+    return bool(pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type))
 
 
 def text_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Texts become lists of one text."""
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+    """Texts become lists of one text; a list that was written as text becomes a list again."""
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    value = kind.value_type if is_list or pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_null(value)):
+        raise pa.ArrowInvalid(f"its values are {value}, and no texts")
+    if is_list:
         return column.cast(pa.list_(pa.string()))
+    column = column.cast(pa.string())
+    trimmed = pc.utf8_trim_whitespace(column)
+    if pc.any(pc.and_(pc.starts_with(trimmed, "["), pc.ends_with(trimmed, "]"))).as_py():
+        values = [None if text is None else _written_list(text) for text in column.to_pylist()]
+        return pa.chunked_array([pa.array(values, pa.list_(pa.string()))])
     chunks = [
-        pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk)
-        for chunk in column.cast(pa.string()).chunks
-    ]
+        pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk) for chunk in column.chunks
+    ]  # a text that is null becomes a list that holds null
     return pa.chunked_array(chunks, pa.list_(pa.string()))
 
 
-def integers_or_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Integers if all are, else texts; an empty text is null."""
-    if not pa.types.is_integer(column.type) and not pa.types.is_floating(column.type):
-        column = column.cast(pa.string())
-        column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
-    try:
-        return column.cast(pa.int64())
-    except pa.ArrowInvalid:
-        return column.cast(pa.string())
+def _written_list(text: str) -> list[str]:
+    """The texts of a list that JSON or Python wrote into one field; any other text alone."""
+    written = text.strip()
+    if not re.match(r"""\[\s*["']""", written) or not written.endswith("]"):
+        return [text]
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(written)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        beside = re.search(r"""["']\s+["']""", written)  # numpy leaves the commas out, and Python joins such texts
+        if isinstance(found, list) and all(isinstance(one, str) for one in found) and not beside:
+            return found
+    raise pa.ArrowInvalid(f"{text[:80]!r} is a list written as text, which does not read as one: write it as JSON")
 
 
 def numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -77,14 +123,15 @@ def read_columns(path: Path, kinds: dict[str, Kind]) -> tuple[dict[str, pa.Chunk
         try:
             file = pq.ParquetFile(path)
             found = file.schema_arrow.names
+            refuse_twice(path, found)
             table = file.read([name for name in found if name in kinds])
             columns = {name: table[name] for name in table.column_names}
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path}: not a readable Parquet file ({error}).") from error
     elif path.suffix == ".jsonl":
-        columns, found = _gather(_json_records(path), list(kinds))
+        columns, found = _gather(path, _json_records(path), kinds)
     elif path.suffix in (".csv", ".tsv"):
-        columns, found = _gather(_csv_records(path, "," if path.suffix == ".csv" else "\t"), list(kinds))
+        columns, found = _gather(path, _csv_records(path, "," if path.suffix == ".csv" else "\t"), kinds)
     else:
         raise DataError(f"{path}: unknown kind of manifest {path.suffix!r}. Use .jsonl, .csv, .tsv or .parquet.")
     if not found:
@@ -104,63 +151,131 @@ def _json_records(path: Path) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(file, start=1):
                 if line.isspace():
                     continue
-                record = json.loads(line)
+                record = json.loads(line, object_pairs_hook=_once)
                 if not isinstance(record, dict):
                     raise DataError(f"{path} line {number}: expected an object, found {type(record).__name__}.")
                 yield record
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {number}: not valid JSON ({error}). Write one object per line.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} after line {number}: not UTF-8 ({error}). Convert the file.") from error
+    except (json.JSONDecodeError, RecursionError, KeyError) as error:
+        raise DataError(f"{path} line {number}: not valid JSON ({error}). Write one object per line.") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        name = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise KeyError(f"{name} stands there twice")
+    return record
 
 
 def _csv_records(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
-    number = 0
+    start = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter)
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
             header = next(reader, [])
+            refuse_twice(path, header)
+            start = reader.line_num + 1
             for fields in reader:
-                number = reader.line_num
                 if fields and len(fields) != len(header):
                     raise DataError(
-                        f"{path} line {number}: {len(fields)} fields, but the header has {len(header)}. "
-                        "Put double quotes around texts that hold a separator, a quote or a line break."
+                        f"{path} line {start}: {len(fields)} fields, but the header has {len(header)}. {QUOTES}"
                     )
+                if reader.line_num > start:
+                    _refuse_swallowed(path, start, reader.line_num, fields, delimiter)
                 if fields:
                     yield dict(zip(header, fields, strict=True))
+                start = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path} after line {number}: {error}.") from error
+        raise DataError(f"{path} line {start}: {error}. {QUOTES}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} after line {number}: not UTF-8 ({error}). Convert the file.") from error
+        raise DataError(f"{path} after line {start}: not UTF-8 ({error}). Convert the file.") from error
 
 
-def _gather(records: Iterator[dict[str, Any]], wanted: list[str]) -> tuple[dict[str, pa.ChunkedArray], list[str]]:
+def refuse_twice(path: Path, names: list[str]) -> None:
+    """Refuses a table in which a column stands twice, of which one would be lost.
+
+    Raises:
+        DataError: With the name.
+    """
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"{path}: the column {', '.join(twice)} stands there more than once. Give each column a name of its own; "
+            "several captions of an image are a list in the column captions, or a row each."
+        )
+
+
+def _refuse_swallowed(path: Path, first: int, last: int, fields: list[str], delimiter: str) -> None:
+    """Refuses a quoted text of several lines that holds whole rows: its quote was opened by mistake."""
+    for text in fields:
+        for line in text.split("\n")[1:]:
+            parts = line.split(delimiter)
+            if len(parts) >= len(fields) > 1 and (delimiter == "\t" or any(map(is_image_name, parts))):
+                raise DataError(
+                    f"{path} line {first}: a quote opens there and closes in line {last}, so that the rows between "
+                    f"would be lost. {QUOTES}"
+                )
+
+
+def _gather(
+    path: Path, records: Iterator[dict[str, Any]], kinds: dict[str, Kind]
+) -> tuple[dict[str, pa.ChunkedArray], list[str]]:
     """Turns records into columns, some rows at a time."""
-    parts: dict[str, list[pa.ChunkedArray]] = {name: [] for name in wanted}
+    parts: dict[str, list[pa.ChunkedArray]] = {name: [] for name in kinds}
     found: dict[str, None] = {}
+    start = 0
     while rows := list(islice(records, ROWS_AT_ONCE)):
         for row in rows:
             if row.keys() - found.keys():
                 found.update(dict.fromkeys(row))
-        for name in wanted:
-            parts[name].append(_column([row.get(name) for row in rows]))
-    return {name: _join(parts[name]) for name in wanted if name in found}, list(found)
+        for name, kind in kinds.items():
+            try:
+                parts[name].append(_column([row.get(name) for row in rows], kind))
+            except DataError as error:
+                at = next(i for i, row in enumerate(rows) if _is_wrong(row.get(name), kind))
+                raise DataError(f"{path} row {start + at + 1}, {name}: {error}") from error
+        start += len(rows)
+    return {name: _join(parts[name]) for name in kinds if name in found}, list(found)
 
 
-def _column(values: list[Any]) -> pa.ChunkedArray:
-    if any(isinstance(value, list) for value in values):
-        values = [value if isinstance(value, list) or value is None else [value] for value in values]
+def _is_wrong(value: Any, kind: Kind) -> bool:
     try:
+        _column([value], kind)
+    except DataError:
+        return True
+    return False
+
+
+def _column(values: list[Any], kind: Kind) -> pa.ChunkedArray:
+    """A column of values as JSON and CSV give them."""
+    if kind is text_lists:
+        values = [_caption(value) for value in values]
+        if any(isinstance(value, list) for value in values):
+            values = [value if isinstance(value, list) or value is None else [value] for value in values]
         return pa.chunked_array([pa.array(values)])
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # numbers and texts in one column
-        return pa.chunked_array([pa.array([_as_text(value) for value in values])])
+    if kind is numbers:
+        values = [None if isinstance(value, list | dict) else value for value in values]
+        if len({type(value) for value in values} - {type(None)}) > 1:
+            values = [None if value is None else str(value) for value in values]
+        return pa.chunked_array([pa.array(values)])
+    if all(value is None or type(value) is str for value in values):
+        return pa.chunked_array([pa.array(values, pa.string())])
+    if all(type(value) is int and abs(value) < 2**63 for value in values):
+        return pa.chunked_array([pa.array(values, pa.int64())])
+    return pa.chunked_array([pa.array([id_text(value) for value in values], pa.string())])
 
 
-def _as_text(value: Any) -> Any:
+def _caption(value: Any) -> Any:
+    """A text, a list of texts, or None where there is none."""
     if isinstance(value, list):
-        return [_as_text(one) for one in value]
-    return None if value is None else str(value)
+        return [_caption(one) for one in value]
+    if value is None or (isinstance(value, float) and value != value):
+        return None
+    if not isinstance(value, str):
+        raise DataError(f"{value!r} is no text. Put quotes around it if it is one.")
+    return value
 
 
 def _join(parts: list[pa.ChunkedArray]) -> pa.ChunkedArray:

@@ -42,7 +42,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def places(datasets: Iterable[ImageTextDataset]) -> list[str]:
     """Where the images of data sets lie, as far as keys and ids do not tell them from other images."""
-    return sorted({dataset.place or dataset.id_space for dataset in datasets})
+    return sorted({dataset.place for dataset in datasets})
 
 
 def write_part(folder: Path, row_id: np.ndarray, features: np.ndarray) -> None:

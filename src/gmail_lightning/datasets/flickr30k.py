@@ -8,7 +8,6 @@ from typing import Literal
 from gmail_lightning.datasets.base import DataError, ModalityName
 from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows
 from gmail_lightning.datasets.coco import karpathy_rows, read_json
-from gmail_lightning.datasets.ids import stable_ids
 
 PROTOCOLS = {"full": "flickr30k_full", "train": "flickr30k_train", "val": "flickr30k_val", "test": "flickr30k_1k"}
 
@@ -44,47 +43,36 @@ class Flickr30k(CaptionRows):
         if (self.annotations.suffix == ".json") == (split == "full"):
             file = "results_20130124.token" if split == "full" else "Karpathy's dataset_flickr30k.json"
             raise DataError(f"{annotations}: split {split!r} of Flickr30k needs {file}.")
-        captions = self._token_captions() if split == "full" else self._karpathy_captions(split)
-        names = [f"flickr30k/{key}" for key, _ in captions]
-        caption_ids = stable_ids(names).tolist()
-        image_ids = stable_ids(name.rpartition("#")[0] for name in names).tolist()
-        rows = [
-            CaptionRow(text, key.rpartition("#")[0], image, caption)
-            for (key, text), image, caption in zip(captions, image_ids, caption_ids, strict=True)
-        ]
+        rows = self._token_captions() if split == "full" else self._karpathy_captions(split)
         self.set_rows(rows, modality)
         self.check_protocol(PROTOCOLS[split], enforce=check_counts)
         self.split = split
 
-    def _token_captions(self) -> list[tuple[str, str]]:
-        """Keys (``1000092795.jpg#0``) and captions."""
+    def _token_captions(self) -> list[CaptionRow]:
         if not self.annotations.is_file():
             raise DataError(f"{self.annotations}: no such annotation file. Check the path.")
-        captions = []
-        for number, line in enumerate(self.annotations.read_text(encoding="utf-8").split("\n"), start=1):
-            key, tab, text = line.partition("\t")
+        rows = []
+        text = self.annotations.read_text(encoding="utf-8-sig")
+        for number, line in enumerate(text.split("\n"), start=1):
+            key, tab, caption = line.partition("\t")
             if not line:
                 continue
             if not tab or "#" not in key:
                 raise DataError(f"{self.annotations} line {number}: expected IMAGE.jpg#NUMBER, a tab and a caption.")
-            captions.append((key, text))
-        return captions
+            file = key.rpartition("#")[0]  # 1000092795.jpg of 1000092795.jpg#0
+            rows.append(CaptionRow(caption, file, f"flickr30k/{file}", f"flickr30k/{key}"))
+        return rows
 
-    def _karpathy_captions(self, split: str) -> list[tuple[str, str]]:
+    def _karpathy_captions(self, split: str) -> list[CaptionRow]:
         content = read_json(self.annotations)
         if not isinstance(content, dict) or not isinstance(content.get("images"), list) or "annotations" in content:
             raise DataError(f"{self.annotations}: no list 'images' of Karpathy's: read dataset_flickr30k.json.")
         try:
-            if content.get("dataset", "flickr30k") != "flickr30k":
+            if content.setdefault("dataset", "flickr30k") != "flickr30k":
                 raise DataError(
                     f"{self.annotations}: of the data set {content['dataset']}: read dataset_flickr30k.json."
                 )
             rows = karpathy_rows(content, split, self.annotations)
         except KeyError as error:
             raise DataError(f"{self.annotations}: an entry has no {error}: not Karpathy's format.") from error
-        captions, number, before = [], 0, None
-        for row in rows:  # the captions of an image are neighbours
-            number = number + 1 if row.image_id == before else 0
-            before = row.image_id
-            captions.append((f"{PurePath(row.file).name}#{number}", row.caption))
-        return captions
+        return [row._replace(file=PurePath(row.file).name) for row in rows]

@@ -42,12 +42,15 @@ def id_text(value: Any) -> str | None:
     Raises:
         DataError: If it is no integer and no text, or a float beyond 2^53, whose last digits are lost.
     """
-    if value is None or (isinstance(value, float | np.floating) and np.isnan(value)):
+    if value is None:
         return None
     if isinstance(value, float | np.floating):
-        if not abs(value) <= LARGEST_EXACT_FLOAT:
-            raise DataError(f"{float(value)!r} is no exact id: its last digits are lost. Store integers or texts.")
-        return id_text(str(int(value)) if value == int(value) else repr(float(value)))
+        number = float(value)
+        if math.isnan(number):
+            return None
+        if not abs(number) <= LARGEST_EXACT_FLOAT:
+            raise DataError(f"{number!r} is no exact id: its last digits are lost. Store integers or texts.")
+        return id_text(int(number) if number.is_integer() else repr(number))
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer | str):
         raise DataError(f"{value!r} is no id: give an integer or a text.")
     text = unicodedata.normalize("NFC", str(value).strip())
@@ -76,6 +79,8 @@ def id_column(column: pa.ChunkedArray, space: str = "") -> np.ndarray:
     Raises:
         DataError: As ``id_text``; the message begins with the number of the row, from 1.
     """
+    if pa.types.is_boolean(column.type):
+        raise DataError("row 1: true and false are no ids: give integers or texts.")
     if pa.types.is_signed_integer(column.type) and not space:
         numbers = column.cast(pa.int64()).fill_null(-1).to_numpy()
         if (numbers >= -1).all():
@@ -99,7 +104,7 @@ def id_column(column: pa.ChunkedArray, space: str = "") -> np.ndarray:
     return ids
 
 
-def content_id(data: bytes) -> int:
+def content_id(data: bytes | memoryview | pa.Buffer) -> int:
     """Returns the id of an image that is known by its bytes alone."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
@@ -117,7 +122,10 @@ def file_ids(root: str | Path, files: Sequence[str], space: str = "") -> np.ndar
     if space:
         start = os.path.abspath(root)
         return stable_ids(f"{space}/{Path(os.path.relpath(name, start)).as_posix()}" for name in names)[number]
-    folders = {folder: _folder_name(folder) for folder in {os.path.dirname(name) for name in names}}
+    known: dict[str, str] = {}  # folders by their first image
+    folders = {
+        folder: _folder_name(folder, known) for folder in sorted({os.path.dirname(name) for name in names.tolist()})
+    }
     return stable_ids(f"{folders[os.path.dirname(name)]}/{_file_name(name)}" for name in names)[number]
 
 
@@ -125,7 +133,7 @@ def _file_name(path: str) -> str:
     return unicodedata.normalize("NFC", os.path.basename(path))
 
 
-def _folder_name(folder: str) -> str:
+def _folder_name(folder: str, known: dict[str, str]) -> str:
     """A digest of the first image in a folder and of its name; of the folder's path, where it holds no image."""
     try:
         first = min(_images(folder), key=lambda name: unicodedata.normalize("NFC", name), default=None)
@@ -135,13 +143,10 @@ def _folder_name(folder: str) -> str:
     except OSError:  # told when its pixels are asked for
         return os.path.normpath(folder)
     digest = hashlib.blake2b(_file_name(first).encode() + b"\0" + content, digest_size=8).hexdigest()
-    other = _folders.setdefault(digest, folder)
-    if other != folder and os.path.isdir(other) and not os.path.samefile(other, folder):
+    other = known.setdefault(digest, folder)
+    if other != folder and not os.path.samefile(other, folder):
         _refuse_twins(folder, other)
     return digest
-
-
-_folders: dict[str, str] = {}  # by digest, of this process
 
 
 def _images(folder: str) -> list[str]:
@@ -155,7 +160,7 @@ def _refuse_twins(folder: str, other: str) -> None:
         if os.path.getsize(os.path.join(folder, name)) != os.path.getsize(os.path.join(other, name)):
             raise DataError(
                 f"{folder} and {other} begin with the same image, but {name} differs, so that their images cannot be "
-                "told apart by it. Give each of the data sets a name of its own as space."
+                "told apart by it. Give the data set a name, as its space: then images go by their paths below its root."
             )
 
 

@@ -17,7 +17,7 @@ from gmail_lightning.datasets.base import (
     decode_image,
     folder_space,
 )
-from gmail_lightning.datasets.ids import stable_ids
+from gmail_lightning.datasets.ids import file_ids
 from gmail_lightning.transforms.image import SUFFIXES
 from gmail_lightning.transforms.text import fill, given_templates
 
@@ -100,8 +100,7 @@ class ImageFolder(ClassImages):
             all_files += files
             label += [number] * len(files)
         self.set_rows(all_files, label, modality)
-        self.image_id = stable_ids(all_files)
-        self.id_space = folder_space(self.root)
+        self.image_id = file_ids(self.root, all_files)
 
 
 def given_names(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,28 +20,33 @@ from gmail_lightning.datasets.base import (
     decode_image,
     folder_space,
     one_line,
+    own_pair_ids,
 )
 from gmail_lightning.datasets.columns import (
     Kind,
-    integers_or_texts,
+    ids,
+    is_binary,
     numbers,
     paths_or_bytes,
     read_columns,
     text_lists,
     texts,
 )
-from gmail_lightning.datasets.ids import stable_ids
+from gmail_lightning.datasets.ids import content_id, file_ids, id_column, id_text
 from gmail_lightning.types import Modality
 
 
 class ManifestDataset(ImageTextDataset):
     """One row per line or record; the columns stay in Arrow memory, so that tens of millions of rows fit.
 
-    Columns, all but the first two optional: ``image`` (a path, or the encoded bytes in Parquet); ``caption`` (a text)
-    or ``captions`` (a list of texts); ``modality`` (real, generated, 0, 1); ``image_id`` (by default, rows of one path
-    have one id); ``pair_id`` (integers or texts; empty for none); ``label`` (integers, or class names); ``weight`` (of
-    the row in the loss, for tasks whose ``uses_weights`` is True); ``question`` (that the caption answers; empty for
-    none); ``source`` (name of the generator); ``key`` (unique; by default the path and the row's number).
+    Columns, all but the first two optional: ``image`` (a path, or in Parquet the encoded bytes or Hugging Face's
+    ``struct<bytes, path>``); ``caption`` (a text) or ``captions`` (a list of texts), without which the file is for
+    prediction alone; ``modality`` (real, generated, 0, 1); ``image_id`` (by default one id for each file, or for equal
+    bytes); ``pair_id`` (empty for none; without the column, a real row has one of its own, made of image and caption,
+    which what is generated from it inherits); ``label`` (integers, or class names); ``weight`` (of the row in the loss,
+    for tasks whose ``uses_weights`` is True); ``question`` (that the caption answers; empty for none); ``source`` (name
+    of the generator); ``key`` (unique; by default the path, or a digest of the bytes, and a number). Ids are integers
+    or texts, see :mod:`gmail_lightning.datasets.ids`.
 
     Args:
         path: A file ending in .jsonl, .csv, .tsv or .parquet, UTF-8.
@@ -49,6 +55,8 @@ class ManifestDataset(ImageTextDataset):
         source: Name of the generator for the whole file, over what its column says.
         image_key: Name of the image column.
         caption_key: Name of the caption column; texts or lists of texts.
+        space: Name of the data set that the ids are of: equal ids of two spaces are different images. By default ids
+            that are written in the file are those of every other file, and other images are known by file and folder.
 
     Raises:
         DataError: If the file, a column or a value is missing or malformed; names file, row and key. Rows count from 1,
@@ -63,17 +71,20 @@ class ManifestDataset(ImageTextDataset):
         source: str | None = None,
         image_key: str = "image",
         caption_key: str = "caption",
+        space: str = "",
     ) -> None:
         self.path = Path(path)
         self.image_root = self.path.parent if image_root is None else Path(image_root)
         kinds: dict[str, Kind] = {image_key: paths_or_bytes, "captions": text_lists, caption_key: text_lists}
         kinds |= dict.fromkeys(("key", "source", "modality", "question"), texts)
         kinds["weight"] = numbers
-        kinds |= dict.fromkeys(("image_id", "pair_id", "label"), integers_or_texts)
+        kinds |= dict.fromkeys(("image_id", "pair_id", "label"), ids)
         columns, found = read_columns(self.path, kinds)
         if caption_key == "caption" and "caption" not in columns and "captions" in columns:
             caption_key = "captions"
-        missing = [name for name in (image_key, caption_key) if name not in columns]
+        missing = [image_key] if image_key not in columns else []
+        if caption_key not in columns and (missing or caption_key != "caption"):
+            missing.append(caption_key)  # without captions alone, a file is for prediction
         if modality is None and "modality" not in columns:
             missing.append("modality")
         if missing:
@@ -81,14 +92,20 @@ class ManifestDataset(ImageTextDataset):
             if missing == ["modality"]:
                 hint = "Add the column, or give modality='real' or 'generated' for the whole file."
             raise DataError(f"{self.path}: no column {', '.join(missing)} (found: {', '.join(found)}). {hint}")
-        self._image, self._caption = columns[image_key], columns[caption_key]
+        self._image, self._caption = columns[image_key], columns.get(caption_key)
+        if self._caption is None:
+            self.no_captions = (
+                f"{self.path}: no column {caption_key} (found: {', '.join(found)}), so that the file is for prediction "
+                "alone. Rename the column of the captions, or name yours by caption_key."
+            )
         self._key, self._source, self._question = columns.get("key"), columns.get("source"), columns.get("question")
         self.has_questions = self._question is not None
         self._whole_source = source
         if len(self._image) == 0:
             raise DataError(f"{self.path}: no rows.")
         self._refuse(pc.equal(pc.binary_length(self._image), 0), f"{image_key} is empty. Give every row an image")
-        self._refuse(_blank(self._caption), f"{caption_key} is empty. Write a caption, or remove the row")
+        if self._caption is not None:
+            self._refuse(_blank(self._caption), f"{caption_key} is empty. Write a caption, or remove the row")
         self._check_keys()
 
         length = len(self._image)
@@ -98,15 +115,7 @@ class ManifestDataset(ImageTextDataset):
             self.modality = constant_modality(modality, length)
         if (self.modality == Modality.GENERATED).any():
             self.place = folder_space(self.path if self._holds_bytes else self.image_root)
-        if "image_id" in columns:
-            self._refuse(columns["image_id"].is_null(), "image_id is empty. Fill it in, or leave the column out")
-            self.image_id = _ids(columns["image_id"])
-        else:
-            by_row = self._holds_bytes  # of this file: two files of bytes have no image in common
-            if not by_row and not pc.all(pc.match_substring_regex(self._image, "^(/|[A-Za-z]:)")).as_py():
-                self.id_space = folder_space(self.image_root)
-            self.image_id = stable_ids(f"{path}#{i}" for i in range(length)) if by_row else _ids(self._image)
-        self.pair_id = _ids(columns["pair_id"]) if "pair_id" in columns else np.full(length, -1)
+        self._set_ids(columns, space)
         if "label" in columns:
             self._read_labels(columns["label"])
         if "weight" in columns:
@@ -116,7 +125,30 @@ class ManifestDataset(ImageTextDataset):
 
     @property
     def _holds_bytes(self) -> bool:
-        return bool(pa.types.is_binary(self._image.type))
+        return is_binary(self._image)
+
+    def _set_ids(self, columns: dict[str, pa.ChunkedArray], space: str) -> None:
+        self._content = np.array([content_id(v.as_buffer()) for v in self._image]) if self._holds_bytes else None
+        if "image_id" in columns:
+            self.image_id = self._ids("image_id", columns["image_id"], space)
+            self._refuse(
+                pa.chunked_array([self.image_id == -1]), "image_id is empty. Fill it in, or leave the column out"
+            )
+        elif self._content is not None:
+            self.image_id = self._content
+        else:
+            values, codes = _codes(self._image)
+            self.image_id = file_ids(self.image_root, values.to_pylist(), space)[codes]
+        if "pair_id" in columns:
+            self.pair_id = self._ids("pair_id", columns["pair_id"], space)
+        else:
+            self.pair_id = own_pair_ids(self)
+
+    def _ids(self, name: str, column: pa.ChunkedArray, space: str = "") -> np.ndarray:
+        try:
+            return id_column(column, space)
+        except DataError as error:
+            raise DataError(f"{self.path} {name}, {error}") from error
 
     def _refuse(self, wrong: pa.ChunkedArray, complaint: str) -> None:
         """Raises a DataError for the first row where ``wrong`` holds, or is null."""
@@ -144,21 +176,30 @@ class ManifestDataset(ImageTextDataset):
         return np.asarray(number.to_numpy()).astype(np.int64) // 2
 
     def _read_labels(self, column: pa.ChunkedArray) -> None:
-        if pa.types.is_string(column.type):
-            self.class_names = sorted(pc.unique(column.drop_null()).to_pylist())
-            column = pc.index_in(column, value_set=pa.array(self.class_names))
-        self.label = column.cast(pa.int64()).fill_null(-1).to_numpy()
+        values, codes = _codes(column)
+        try:
+            names = [id_text(value) for value in values.to_pylist()]
+        except DataError as error:
+            raise DataError(f"{self.path} label: {error}") from error
+        known = {name for name in names if name is not None}
+        if all(re.fullmatch("-?[0-9]{1,18}", name) for name in known):
+            number = {name: int(name) for name in known}
+        else:
+            self.class_names = sorted(known)
+            number = {name: i for i, name in enumerate(self.class_names)}
+        labels = np.array([*(-1 if name is None else number[name] for name in names), -1], dtype=np.int64)
+        self.label = labels[codes]
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
         value = self._image[index].as_py()
         return decode_image(value if isinstance(value, bytes) else (self.image_root / value).read_bytes())
 
     def captions(self, index: int) -> list[str]:  # noqa: D102
-        return [one_line(text) for text in self._caption[index].as_py()]
+        return [""] if self._caption is None else [one_line(text) for text in self._caption[index].as_py()]
 
     def caption_blocks(self) -> Iterator[tuple[pa.Array, np.ndarray]]:  # noqa: D102
         start = 0
-        for chunk in self._caption.chunks:
+        for chunk in [] if self._caption is None else self._caption.chunks:
             for offset in range(0, len(chunk), CAPTION_BLOCK):
                 block = chunk.slice(offset, CAPTION_BLOCK)
                 yield block.flatten(), start + offset + pc.list_parent_indices(block).to_numpy().astype(np.int64)
@@ -170,7 +211,10 @@ class ManifestDataset(ImageTextDataset):
     def sample_key(self, index: int) -> str:  # noqa: D102
         if self._key is not None:
             return str(self._key[index].as_py())
-        return f"row{index + 1}" if self._holds_bytes else f"{self._image[index].as_py()}#{index + 1}"
+        if self._content is None:
+            return f"{self._image[index].as_py()}#{index + 1}"
+        before = int((self._content[:index] == self._content[index]).sum())  # equal bytes in several rows
+        return f"{self._content[index]:016x}" + (f"#{before + 1}" if before else "")
 
     def source(self, index: int) -> str:  # noqa: D102
         if self.modality[index] == Modality.REAL:
@@ -179,7 +223,7 @@ class ManifestDataset(ImageTextDataset):
         return self._whole_source or value or "generated"
 
     def picture(self) -> np.ndarray:  # noqa: D102
-        return np.arange(len(self)) if self._holds_bytes else _codes(self._image)[1]
+        return _codes(self._image)[1] if self._content is None else self._content
 
     def describe(self, index: int) -> str:  # noqa: D102
         return f"{self.path} row {index + 1} (key {self.sample_key(index)!r})"
@@ -189,15 +233,6 @@ def _codes(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     """Returns the distinct values, and for each row the number of its value, -1 where it is null."""
     values = pc.unique(column.drop_null())
     return values, pc.index_in(column, value_set=values).fill_null(-1).to_numpy().astype(np.int64)
-
-
-def _ids(column: pa.ChunkedArray) -> np.ndarray:
-    """Integers as they are, texts by a stable hash, -1 where there is none; shape (N,) int64."""
-    if not pa.types.is_string(column.type):
-        return np.asarray(column.fill_null(-1).to_numpy())
-    values, codes = _codes(column)
-    ids: np.ndarray = np.append(stable_ids(values.to_pylist()), -1)[codes]
-    return ids
 
 
 def _blank(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
@@ -16,8 +14,9 @@ from gmail_lightning.datasets.base import (
     ImageTextDataset,
     constant_modality,
     decode_image,
-    folder_space,
+    own_pair_ids,
 )
+from gmail_lightning.datasets.coco import read_json
 from gmail_lightning.datasets.ids import stable_ids
 
 LETTERS = "ABCDE"
@@ -57,8 +56,8 @@ class ScienceQA(ImageTextDataset):
         if split not in ("train", "val", "test") or answer not in ("sentence", "letter"):
             raise ValueError(f"split={split!r} is train, val or test, and answer={answer!r} sentence or letter.")
         self.annotations, self.image_root, self.split = Path(annotations), Path(image_root), split
-        content = _read(self.annotations)
-        splits = _read(self.annotations.with_name("pid_splits.json")) if isinstance(content, dict) else {}
+        content = read_json(self.annotations)
+        splits = read_json(self.annotations.with_name("pid_splits.json")) if isinstance(content, dict) else {}
         try:
             if isinstance(content, dict):
                 ids = splits[split]
@@ -80,9 +79,8 @@ class ScienceQA(ImageTextDataset):
         self._question, self._answer = pa.array(questions), pa.array([row["answer"] for row in rows])
         self._pid, self._file = pa.array([row["pid"] for row in rows]), pa.array([row["image"] for row in rows])
         self.image_id = stable_ids(f"scienceqa/{row['image']}" for row in rows)
-        self.pair_id = np.full(len(rows), -1, dtype=np.int64)
         self.modality = constant_modality("real", len(rows))
-        self.id_space = folder_space(self.image_root)
+        self.pair_id = own_pair_ids(self)
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
         return decode_image((self.image_root / self._file[index].as_py()).read_bytes())
@@ -103,15 +101,6 @@ class ScienceQA(ImageTextDataset):
 
     def describe(self, index: int) -> str:  # noqa: D102
         return f"{self.annotations} problem {self.sample_key(index)}"
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file. Check the path.") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON ({error}).") from error
 
 
 def _problem(pid: str, problem: Mapping[str, Any], answer: str) -> dict[str, str | None]:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from gmail_lightning.datasets.base import DataError, ModalityName
 from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows
-from gmail_lightning.datasets.ids import stable_ids
 
 VALIDATION_ENTRIES = 1_000
 BLOCK = 1 << 20  # characters of the file read at a time
@@ -59,10 +58,9 @@ class ShareGPT4V(CaptionRows):
             ) from error
         if not files:
             raise DataError(f"{annotations}: no entry after the first {first:,}: the split {split!r} is empty.")
-        caption_ids = stable_ids(f"sharegpt4v/{number}" for number in range(first, first + len(files))).tolist()
         rows = [
-            CaptionRow(caption, file, _image_id(file), caption_id)
-            for caption, file, caption_id in zip(captions, files, caption_ids, strict=True)
+            CaptionRow(caption, file, _image_id(file), f"sharegpt4v/{number}")
+            for number, (caption, file) in enumerate(zip(captions, files, strict=True), start=first)
         ]
         self.set_rows(rows, modality)
         self.split = split
@@ -98,14 +96,20 @@ class Urban1k(CaptionRows):
                 raise DataError(
                     f"{root}: {len(lonely)} {what} in {other}: {min(lonely)} and so on. Add or remove them."
                 )
-        ids = stable_ids(f"urban1k/{name}" for name in captions).tolist()
         rows = [
-            CaptionRow(path.read_text(encoding="utf-8").partition("\n")[0], images[name].name, number, number)
-            for (name, path), number in zip(captions.items(), ids, strict=True)
+            CaptionRow(_first_line(path), images[name].name, f"urban1k/{name}", f"urban1k/{name}")
+            for name, path in captions.items()
         ]
         self.set_rows(rows, "real")
         self.check_protocol("urban1k", enforce=check_counts)
         self.split = "test"
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").partition("\n")[0]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error}). Convert the file.") from error
 
 
 def json_entries(path: Path) -> Iterator[Any]:
@@ -117,7 +121,7 @@ def json_entries(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise DataError(f"{path}: no such annotation file. Check the path.")
     decoder, number = json.JSONDecoder(), 0
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         text = file.read(BLOCK).lstrip()
         if not text.startswith("["):
             raise DataError(f"{path}: not a list in JSON.")
@@ -145,9 +149,9 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _image_id(file: str) -> int:
+def _image_id(file: str) -> int | str:
     """COCO's own id for its images, so that COCO's other annotations mean the same image by it; else a hash."""
     path = PurePosixPath(file)
     if path.parts[:1] == ("coco",) and path.stem.isdecimal():
         return int(path.stem)
-    return int(stable_ids([f"sharegpt4v/{file}"])[0])
+    return f"sharegpt4v/{file}"

@@ -23,7 +23,7 @@ from gmail_lightning.datasets.base import (
     folder_space,
     one_line,
 )
-from gmail_lightning.datasets.shards import MANIFEST, PLAN, RECIPE, SCHEMA, ShardStore
+from gmail_lightning.datasets.shards import MANIFEST, PLAN, RECIPE, SCHEMA
 from gmail_lightning.datasets.tar_files import find_tars, read_member
 from gmail_lightning.datasets.tar_filter import Filter, choose
 from gmail_lightning.datasets.tar_rows import REPAIRED, read_manifest, repaired_rows, store_rows, webdataset_rows
@@ -119,9 +119,7 @@ class TarShards(ImageTextDataset):
         self.split = rows["split"][int(np.argmax(keep))].as_py() if self.is_store else split
         if weight is not None:
             self.weight = self._weights(rows.filter(pa.array(keep))["clip_score"])
-        if self.is_store:  # ids are those of the captions' data sets; several spaces are like no other
-            recipe = ShardStore(self.folder).read_recipe() or {}
-            self.id_space = " + ".join(recipe.get("id_spaces", [""]))
+        if self.is_store:
             self.place = folder_space(self.folder)
 
     def _check_split(self, rows: pa.RecordBatch, split: str | None) -> None:
