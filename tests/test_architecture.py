@@ -12,13 +12,14 @@ import gmail_lightning
 ROOT = Path(gmail_lightning.__file__).parent
 LAYERS = {
     "types": set(),
+    "cache": set(),
     "distributed": set(),
     "optim": set(),
     "losses": {"types", "distributed"},
-    "metrics": {"types", "distributed"},
+    "metrics": {"types", "cache", "distributed"},
     "transforms": {"types", "distributed"},
     "models": {"types", "distributed", "losses", "transforms"},
-    "datasets": {"types", "transforms"},
+    "datasets": {"types", "cache", "transforms"},
     "samplers": {"types", "datasets"},
     "datamodules": {"types", "datasets", "samplers", "transforms", "distributed"},
     "tasks": {"types", "distributed", "optim", "losses", "metrics", "transforms", "models"},

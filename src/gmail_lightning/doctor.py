@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlparse
 
+from gmail_lightning.cache import cache_folder
+
 PACKAGES = (
     "gmail_lightning", "torch", "torchvision", "lightning", "torchmetrics", "open_clip_torch", "transformers",
     "diffusers", "pycocoevalcap", "jsonargparse", "pyarrow",
@@ -84,7 +86,7 @@ def _caption_metrics() -> list[str]:
             lines.append(f"{name}: {error}")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     lines[-1] += f" (its heap may grow to {java_tools.SPICE_HEAP_GB} GB; this machine has {memory:.0f} GiB)"
-    return [*lines, f"caption cache: {_cache(java_tools.cache_folder())}"]
+    return [*lines, f"caption cache: {_cache(cache_folder())}"]
 
 
 def _cache(folder: Path) -> str:

@@ -92,8 +92,8 @@ def test_wrong_files(tmp_path: Path) -> None:
         Flickr30k(karpathy_file(tmp_path, dataset="coco"), tmp_path)
     with pytest.raises(DataError, match="an entry has no 'filename'"):
         Flickr30k(karpathy_file(tmp_path, images=[{"split": "test", "imgid": 1}]), tmp_path)
-    with pytest.raises(DataError, match="no list 'images' of Karpathy's"):
-        Flickr30k(karpathy_file(tmp_path, annotations=[]), tmp_path)
+    with pytest.raises(DataError, match="no list 'images': neither COCO's nor Karpathy's"):
+        Flickr30k(karpathy_file(tmp_path, images={}), tmp_path)
     path = token_file(tmp_path)
     text = path.read_text(encoding="utf-8")
     path.write_text(text + "12.jpg\n", encoding="utf-8")

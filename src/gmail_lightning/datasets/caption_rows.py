@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from torch import Tensor
 
 from gmail_lightning.datasets.base import (
@@ -21,7 +22,7 @@ from gmail_lightning.datasets.base import (
     one_line,
     own_pair_ids,
 )
-from gmail_lightning.datasets.ids import id_number
+from gmail_lightning.datasets.ids import id_column, id_text, running_numbers
 from gmail_lightning.datasets.protocols import CAPTION_PROTOCOLS, compare_counts
 
 
@@ -29,16 +30,65 @@ class CaptionRow(NamedTuple):
     """A caption and its image.
 
     Attributes:
-        caption: The text; white space is put in order.
+        caption: The text; white space is put in order. None where the image has none.
         file: Path of the image below the folder of the images.
         image_id: Equal for the captions of one image; an integer or a text.
         caption_id: Different for every caption; an integer or a text.
+        split: Split of the file that the row is of, where it holds several.
+        entry: Number of the image in the file, where it lists the images.
     """
 
-    caption: str
+    caption: str | None
     file: str
     image_id: int | str
     caption_id: int | str
+    split: str = ""
+    entry: int = 0
+
+
+SCHEMA = pa.schema(
+    {
+        "caption": pa.string(),
+        "file": pa.string(),
+        "image_id": pa.string(),
+        "caption_id": pa.string(),
+        "split": pa.string(),
+        "entry": pa.int64(),
+    }
+)
+
+
+def caption_table(annotations: Path, rows: Iterable[CaptionRow]) -> pa.Table:
+    """Returns the rows as Arrow columns, which processes share.
+
+    Raises:
+        DataError: If a caption is no text, or an id is missing or neither an integer nor a text.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for row in rows:
+        if not isinstance(row.caption, str | None):
+            raise DataError(
+                f"{annotations}: caption {row.caption_id} of {row.file} is {row.caption!r} and no text. Write one or "
+                "remove it."
+            )
+        columns["caption"].append(row.caption if row.caption is None else one_line(row.caption))
+        columns["file"].append(row.file)
+        for name, value in (("image_id", row.image_id), ("caption_id", row.caption_id)):
+            columns[name].append(str(value) if type(value) is int and value >= 0 else _text(annotations, row, name))
+        columns["split"].append(row.split)
+        columns["entry"].append(row.entry)
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _text(annotations: Path, row: CaptionRow, name: str) -> str:
+    value = getattr(row, name)
+    try:
+        text = id_text(value)
+    except DataError as error:
+        raise DataError(f"{annotations}: {name} of {row.file}: {error}") from error
+    if text is None:
+        raise DataError(f"{annotations}: {name} of {row.file} is {value!r}. Give it an integer or a text.")
+    return text
 
 
 class CaptionRows(ImageTextDataset):
@@ -52,46 +102,43 @@ class CaptionRows(ImageTextDataset):
     annotations: Path
     image_root: Path
 
-    def set_rows(self, rows: list[CaptionRow], modality: ModalityName, space: str = "") -> None:
+    def set_rows(self, rows: pa.Table, modality: ModalityName, space: str = "") -> None:
         """Sets the columns; ids are of ``space``, see :mod:`gmail_lightning.datasets.ids`.
 
+        Args:
+            rows: As ``caption_table`` returns them, all of them or those of a split.
+            modality: ``real`` or ``generated``.
+            space: Name of the data set that the ids are of.
+
         Raises:
-            DataError: If there is no row, a caption is no text or empty, or an id is missing or occurs twice.
+            DataError: If there is no row, a caption is missing or empty, or two captions have one id.
         """
-        if not rows:
+        if not len(rows):
             raise DataError(f"{self.annotations}: no captions.")
-        for row in rows if self.no_captions is None else ():
-            if not isinstance(row.caption, str) or not row.caption.strip():
-                found = "empty" if isinstance(row.caption, str) else f"{row.caption!r} and no text"
-                raise DataError(
-                    f"{self.annotations}: caption {row.caption_id} of {row.file} is {found}. Write one or remove it."
-                )
-        self._caption = pa.array([one_line(row.caption) for row in rows])  # one block of memory, which workers share
-        self._file = pa.array([row.file for row in rows])
-        self.image_id = self._ids(rows, "image_id", space)
+        if self.no_captions is None:
+            empty = pc.index(pc.equal(rows["caption"], "").fill_null(True), True).as_py()
+            if empty >= 0:
+                row = rows.slice(empty, 1).to_pylist()[0]
+                fault = f"{row['file']} is {'null' if row['caption'] is None else 'empty'}. Write one or remove it."
+                raise DataError(f"{self.annotations}: caption {row['caption_id']} of {fault}")
+        rows = rows.combine_chunks()
+        self._caption, self._file = (rows[name].combine_chunks() for name in ("caption", "file"))
+        self.image_id = id_column(rows["image_id"], space)
         self.modality = constant_modality(modality, len(rows))
-        self.pair_id = self._ids(rows, "caption_id", space) if self.no_captions is None else own_pair_ids(self)
         self.place = folder_space(self.image_root) if modality == "generated" else ""
+        if self.no_captions is not None:
+            self._caption = pa.array([""] * len(rows))
+            self.pair_id = own_pair_ids(self)
+        else:
+            self.pair_id = id_column(rows["caption_id"], space)
         ids, first, count = np.unique(self.pair_id, return_index=True, return_counts=True)
         if len(ids) < len(rows):
-            one = rows[first[count > 1][0]]
+            one = rows.slice(int(first[count > 1][0]), 1).to_pylist()[0]
             raise DataError(
                 f"{self.annotations}: {len(rows) - len(ids)} ids of captions occur more than once, one of them with "
-                f"{one.file} ({one.caption_id}). Give every caption an id of its own."
+                f"{one['file']} ({one['caption_id']}). Give every caption an id of its own."
             )
-        self._number = _running_numbers(self.image_id)
-
-    def _ids(self, rows: list[CaptionRow], name: Literal["image_id", "caption_id"], space: str) -> np.ndarray:
-        ids = np.empty(len(rows), dtype=np.int64)
-        for i, row in enumerate(rows):
-            value = getattr(row, name)
-            try:
-                ids[i] = value if type(value) is int and 0 <= value < 2**63 and not space else id_number(value, space)
-            except DataError as error:
-                raise DataError(f"{self.annotations}: {name} of {row.file}: {error}") from error
-            if ids[i] == -1:
-                raise DataError(f"{self.annotations}: {name} of {row.file} is {value!r}. Give it an integer or a text.")
-        return ids
+        self._number = running_numbers(self.image_id)
 
     def check_protocol(self, protocol: str, enforce: bool = True) -> None:
         """Compares the counts with those of a protocol, and says in ``summary`` what the rows are.
@@ -131,17 +178,7 @@ class CaptionRows(ImageTextDataset):
         return f"{self.annotations} {self.sample_key(index)}"
 
 
-def _running_numbers(group: np.ndarray) -> np.ndarray:
-    """How many earlier rows are of the same group, shape (N,)."""
-    order = np.argsort(group, kind="stable")
-    _, start, count = np.unique(group[order], return_index=True, return_counts=True)
-    numbers = np.empty(len(group), dtype=np.int64)
-    numbers[order] = np.arange(len(group)) - np.repeat(start, count)
-    return numbers
-
-
-def first_captions(rows: list[CaptionRow], captions_per_image: int) -> list[CaptionRow]:
+def first_captions(rows: pa.Table, captions_per_image: int) -> pa.Table:
     """The first so many captions of each image."""
-    _, image = np.unique([str(row.image_id) for row in rows], return_inverse=True)
-    numbers = _running_numbers(image)
-    return [row for row, number in zip(rows, numbers.tolist(), strict=True) if number < captions_per_image]
+    image = pc.index_in(rows["image_id"], value_set=pc.unique(rows["image_id"])).to_numpy()
+    return rows.filter(pa.array(running_numbers(image) < captions_per_image))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from gmail_lightning.datasets.base import DataError, ModalityName
-from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows, first_captions
+from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows, caption_table, first_captions
 from gmail_lightning.datasets.ids import id_text
+from gmail_lightning.datasets.parsed import read_json, read_once
 from gmail_lightning.datasets.protocols import CAPTION_PROTOCOLS
 
 
@@ -50,20 +54,18 @@ class CocoCaptions(CaptionRows):
         if captions_per_image is not None and captions_per_image < 1:
             raise ValueError(f"captions_per_image={captions_per_image}: give at least 1, or leave it out for all.")
         self.annotations, self.image_root = Path(annotations), Path(image_root)
-        content = read_json(self.annotations)
-        if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-            raise DataError(f"{annotations}: no list 'images': neither COCO's nor Karpathy's format.")
-        images = content["images"]
-        without = "annotations" not in content and any("file_name" in image for image in images)
-        if without:
+        rows = self._parsed = read_annotations(self.annotations)  # held for other data sets of the file
+        kind = rows.schema.metadata[b"format"].decode()
+        if kind == "images":
             self.no_captions = f"{annotations} has no captions ('annotations'), so that it is for prediction alone."
-        is_coco = "annotations" in content or without
         if protocol is not None:
-            split, captions_per_image = self._obey(protocol, is_coco, split, captions_per_image)
-        try:
-            rows = self._coco_rows(content, split) if is_coco else karpathy_rows(content, split, self.annotations)
-        except KeyError as error:
-            raise DataError(f"{annotations}: an entry has no {error}: neither COCO's nor Karpathy's format.") from error
+            split, captions_per_image = self._obey(protocol, kind != "karpathy", split, captions_per_image)
+        if kind == "karpathy":
+            rows = karpathy_split(rows, split, self.annotations)
+        elif split is not None:
+            raise DataError(
+                f"{annotations}: split={split!r}, but COCO's annotation files hold one split each: leave it out."
+            )
         if captions_per_image is not None:
             rows = first_captions(rows, captions_per_image)
         self.set_rows(rows, modality, space)
@@ -95,33 +97,6 @@ class CocoCaptions(CaptionRows):
                 )
         return of_file, published.captions_per_image
 
-    def _coco_rows(self, content: dict[str, Any], split: str | None) -> list[CaptionRow]:
-        if split is not None:
-            raise DataError(
-                f"{self.annotations}: split={split!r}, but COCO's annotation files hold one split each: leave it out."
-            )
-        files = {id_text(image["id"]): image["file_name"] for image in content["images"]}
-        if len(files) < len(content["images"]):
-            raise DataError(
-                f"{self.annotations}: {len(content['images'])} images have {len(files)} different ids. "
-                "Give every image an id of its own."
-            )
-        if self.no_captions is not None:
-            return [CaptionRow("", image["file_name"], image["id"], image["id"]) for image in content["images"]]
-        entries = [(entry, id_text(entry["image_id"])) for entry in content["annotations"]]
-        lost = next((entry for entry, image in entries if image not in files), None)
-        if lost:
-            raise DataError(
-                f"{self.annotations}: caption {lost['id']} belongs to image {lost['image_id']}, which 'images' lacks."
-            )
-        silent = sorted(files.keys() - {image for _, image in entries}, key=str) if entries else []
-        if silent:
-            raise DataError(
-                f"{self.annotations}: {len(silent)} of {len(files)} images have no caption, the first is {silent[0]} "
-                f"({files[silent[0]]}). Remove them from 'images', or add captions."
-            )
-        return [CaptionRow(entry["caption"], files[image], entry["image_id"], entry["id"]) for entry, image in entries]
-
     def sample_key(self, index: int) -> str:
         """Returns image id and caption id."""
         return f"{self.image_id[index]}/{self.pair_id[index]}"
@@ -130,51 +105,93 @@ class CocoCaptions(CaptionRows):
         return f"{self.annotations} image {self.image_id[index]}, caption {self.pair_id[index]}"
 
 
-def read_json(path: Path) -> Any:
-    """Returns what a file of annotations holds.
+def read_annotations(path: Path, dataset: str = "karpathy") -> pa.Table:
+    """The rows of a file in COCO's or Karpathy's format; the metadata say in ``format`` which, in ``dataset`` of what.
+
+    ``format`` is ``karpathy``, ``coco``, or ``images`` where COCO's format has no captions; ``dataset`` is that of the
+    file, or as given where Karpathy's does not name it.
 
     Raises:
-        DataError: If there is no such file, or it is not JSON.
+        DataError: If the file is missing or of another format, an image has no id of its own, or a caption no image.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such annotation file. Check the path.")
+    return read_once(path, f"captions of {dataset}", lambda: _parse(path, dataset))
+
+
+def _parse(path: Path, dataset: str) -> pa.Table:
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise DataError(f"{path}: no list 'images': neither COCO's nor Karpathy's format.")
+    kind = "coco" if "annotations" in content else "karpathy"
+    if kind == "karpathy" and any("file_name" in image for image in content["images"]):
+        kind = "images"
+    dataset = str(content.get("dataset", dataset))
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}).") from error
+        rows = _karpathy_rows(content, dataset) if kind == "karpathy" else _coco_rows(content, path)
+        table = caption_table(path, rows)
+    except KeyError as error:
+        raise DataError(f"{path}: an entry has no {error}: neither COCO's nor Karpathy's format.") from error
+    except (TypeError, AttributeError) as error:
+        raise DataError(f"{path}: an entry is malformed ({error}): neither COCO's nor Karpathy's format.") from error
+    return table.replace_schema_metadata({"format": kind, "dataset": dataset})
 
 
-def karpathy_rows(content: dict[str, Any], split: str | None, annotations: Path) -> list[CaptionRow]:
+def _coco_rows(content: dict[str, Any], path: Path) -> Iterable[CaptionRow]:
+    files = {id_text(image["id"]): image["file_name"] for image in content["images"]}
+    if len(files) < len(content["images"]):
+        raise DataError(
+            f"{path}: {len(content['images'])} images have {len(files)} different ids. Give every image an id of its "
+            "own."
+        )
+    if "annotations" not in content:
+        return [CaptionRow("", image["file_name"], image["id"], image["id"]) for image in content["images"]]
+    entries = [(entry, id_text(entry["image_id"])) for entry in content["annotations"]]
+    lost = next((entry for entry, image in entries if image not in files), None)
+    if lost:
+        raise DataError(f"{path}: caption {lost['id']} belongs to image {lost['image_id']}, which 'images' lacks.")
+    silent = sorted(files.keys() - {image for _, image in entries}, key=str) if entries else []
+    if silent:
+        raise DataError(
+            f"{path}: {len(silent)} of {len(files)} images have no caption, the first is {silent[0]} "
+            f"({files[silent[0]]}). Remove them from 'images', or add captions."
+        )
+    return [CaptionRow(entry["caption"], files[image], entry["image_id"], entry["id"]) for entry, image in entries]
+
+
+def _karpathy_rows(content: dict[str, Any], dataset: str) -> Iterable[CaptionRow]:
+    for number, image in enumerate(content["images"]):
+        file = str(Path(image.get("filepath", ""), image["filename"]))
+        # COCO's ids are those of all its files; other data sets count from 0, each for itself
+        name = f"{dataset}/{image['filename']}"
+        image_id = image.get("cocoid", name)
+        if not image["sentences"]:
+            yield CaptionRow(None, file, image_id, f"{name}#none", image["split"], number)
+        for i, sentence in enumerate(image["sentences"]):
+            caption_id = sentence["sentid"] if image_id is not name else f"{name}#{i}"
+            yield CaptionRow(sentence["raw"], file, image_id, caption_id, image["split"], number)
+
+
+def karpathy_split(rows: pa.Table, split: str | None, annotations: Path) -> pa.Table:
     """The rows of one split of a file in Karpathy's format, or of several joined by +.
 
     Raises:
         DataError: If the split is not there, an image of it has no caption, or two have one id.
-        KeyError: If an entry lacks a field.
     """
-    known = sorted({image["split"] for image in content["images"]})
+    known = sorted(pc.unique(rows["split"]).to_pylist())
     wanted = [] if split is None else split.split("+")
     if not wanted or not set(wanted) <= set(known):
         fault = "name a split" if split is None else f"unknown split {split!r}"
         raise DataError(
             f"{annotations}: {fault}. Known: {', '.join(known)}; several are joined by +, as in train+restval."
         )
-    rows: list[CaptionRow] = []
-    seen: set[str | None] = set()
-    for image in content["images"]:
-        if image["split"] not in wanted:
-            continue
-        file = str(Path(image.get("filepath", ""), image["filename"]))
-        # COCO's ids are those of all its files; other data sets count from 0, each for itself
-        name = f"{content.get('dataset', 'karpathy')}/{image['filename']}"
-        number = image.get("cocoid", name)
-        if id_text(number) in seen or not image["sentences"]:
-            fault = "has no caption" if not image["sentences"] else "stands there twice"
-            raise DataError(f"{annotations}: image {number} ({file}) {fault}. Remove it, or mend the file.")
-        seen.add(id_text(number))
-        rows += [
-            CaptionRow(sentence["raw"], file, number, sentence["sentid"] if number is not name else f"{name}#{i}")
-            for i, sentence in enumerate(image["sentences"])
-        ]
+    rows = rows.filter(pc.is_in(rows["split"], value_set=pa.array(wanted)))
+    images = rows.group_by(["image_id", "file"]).aggregate([("entry", "count_distinct"), ("caption", "count")])
+    for fault, wrong in (
+        ("has no caption", pc.equal(images["caption_count"], 0)),
+        ("stands there twice", pc.greater(images["entry_count_distinct"], 1)),
+    ):
+        if (row := pc.index(wrong, True).as_py()) >= 0:
+            image, file = images["image_id"][row], images["file"][row]
+            raise DataError(f"{annotations}: image {image} ({file}) {fault}. Remove it, or mend the file.")
     return rows
 
 

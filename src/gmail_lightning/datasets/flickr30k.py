@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePath
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from gmail_lightning.datasets.base import DataError, ModalityName
-from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows
-from gmail_lightning.datasets.coco import karpathy_rows, read_json
+from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows, caption_table
+from gmail_lightning.datasets.coco import karpathy_split, read_annotations
+from gmail_lightning.datasets.parsed import read_once
 
 PROTOCOLS = {"full": "flickr30k_full", "train": "flickr30k_train", "val": "flickr30k_val", "test": "flickr30k_1k"}
 
@@ -43,15 +48,16 @@ class Flickr30k(CaptionRows):
         if (self.annotations.suffix == ".json") == (split == "full"):
             file = "results_20130124.token" if split == "full" else "Karpathy's dataset_flickr30k.json"
             raise DataError(f"{annotations}: split {split!r} of Flickr30k needs {file}.")
-        rows = self._token_captions() if split == "full" else self._karpathy_captions(split)
-        self.set_rows(rows, modality)
+        # held for other data sets of the file
+        self._parsed = self._token_captions() if split == "full" else read_annotations(self.annotations, "flickr30k")
+        self.set_rows(self._parsed if split == "full" else self._karpathy_captions(split), modality)
         self.check_protocol(PROTOCOLS[split], enforce=check_counts)
         self.split = split
 
-    def _token_captions(self) -> list[CaptionRow]:
-        if not self.annotations.is_file():
-            raise DataError(f"{self.annotations}: no such annotation file. Check the path.")
-        rows = []
+    def _token_captions(self) -> pa.Table:
+        return read_once(self.annotations, "captions", lambda: caption_table(self.annotations, self._token_rows()))
+
+    def _token_rows(self) -> Iterator[CaptionRow]:
         text = self.annotations.read_text(encoding="utf-8-sig")
         for number, line in enumerate(text.split("\n"), start=1):
             key, tab, caption = line.partition("\t")
@@ -60,19 +66,13 @@ class Flickr30k(CaptionRows):
             if not tab or "#" not in key:
                 raise DataError(f"{self.annotations} line {number}: expected IMAGE.jpg#NUMBER, a tab and a caption.")
             file = key.rpartition("#")[0]  # 1000092795.jpg of 1000092795.jpg#0
-            rows.append(CaptionRow(caption, file, f"flickr30k/{file}", f"flickr30k/{key}"))
-        return rows
+            yield CaptionRow(caption, file, f"flickr30k/{file}", f"flickr30k/{key}")
 
-    def _karpathy_captions(self, split: str) -> list[CaptionRow]:
-        content = read_json(self.annotations)
-        if not isinstance(content, dict) or not isinstance(content.get("images"), list) or "annotations" in content:
-            raise DataError(f"{self.annotations}: no list 'images' of Karpathy's: read dataset_flickr30k.json.")
-        try:
-            if content.setdefault("dataset", "flickr30k") != "flickr30k":
-                raise DataError(
-                    f"{self.annotations}: of the data set {content['dataset']}: read dataset_flickr30k.json."
-                )
-            rows = karpathy_rows(content, split, self.annotations)
-        except KeyError as error:
-            raise DataError(f"{self.annotations}: an entry has no {error}: not Karpathy's format.") from error
-        return [row._replace(file=PurePath(row.file).name) for row in rows]
+    def _karpathy_captions(self, split: str) -> pa.Table:
+        metadata = self._parsed.schema.metadata
+        found = metadata[b"dataset"].decode() if metadata[b"format"] == b"karpathy" else "coco"
+        if found != "flickr30k":
+            raise DataError(f"{self.annotations}: of the data set {found}: read dataset_flickr30k.json.")
+        rows = karpathy_split(self._parsed, split, self.annotations)
+        names = pc.replace_substring_regex(rows["file"], "^.*/", "")
+        return rows.set_column(rows.schema.get_field_index("file"), "file", names)

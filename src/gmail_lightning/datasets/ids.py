@@ -9,6 +9,7 @@ folder, and a folder by the first image in it: it may be moved, renamed, or reac
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import math
 import os
@@ -157,11 +158,20 @@ def _images(folder: str) -> list[str]:
 def _refuse_twins(folder: str, other: str) -> None:
     """Refuses two folders that begin with one image and then differ: equal names in them are not one image."""
     for name in set(_images(folder)) & set(_images(other)):
-        if os.path.getsize(os.path.join(folder, name)) != os.path.getsize(os.path.join(other, name)):
+        if not filecmp.cmp(os.path.join(folder, name), os.path.join(other, name), shallow=False):
             raise DataError(
                 f"{folder} and {other} begin with the same image, but {name} differs, so that their images cannot be "
-                "told apart by it. Give the data set a name, as its space: then images go by their paths below its root."
+                "told apart by it. Name the data set by its space: images then go by their paths below its root."
             )
+
+
+def running_numbers(group: np.ndarray) -> np.ndarray:
+    """How many earlier rows are of the same group, shape (N,)."""
+    order = np.argsort(group, kind="stable")
+    _, start, count = np.unique(group[order], return_index=True, return_counts=True)
+    numbers = np.empty(len(group), dtype=np.int64)
+    numbers[order] = np.arange(len(group)) - np.repeat(start, count)
+    return numbers
 
 
 def is_image_name(name: str) -> bool:

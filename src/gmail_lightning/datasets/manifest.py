@@ -32,7 +32,7 @@ from gmail_lightning.datasets.columns import (
     text_lists,
     texts,
 )
-from gmail_lightning.datasets.ids import content_id, file_ids, id_column, id_text
+from gmail_lightning.datasets.ids import content_id, file_ids, id_column, id_text, running_numbers
 from gmail_lightning.types import Modality
 
 
@@ -93,6 +93,7 @@ class ManifestDataset(ImageTextDataset):
                 hint = "Add the column, or give modality='real' or 'generated' for the whole file."
             raise DataError(f"{self.path}: no column {', '.join(missing)} (found: {', '.join(found)}). {hint}")
         self._image, self._caption = columns[image_key], columns.get(caption_key)
+        self._content: np.ndarray | None = None  # of bytes, by which they are known
         if self._caption is None:
             self.no_captions = (
                 f"{self.path}: no column {caption_key} (found: {', '.join(found)}), so that the file is for prediction "
@@ -128,7 +129,9 @@ class ManifestDataset(ImageTextDataset):
         return is_binary(self._image)
 
     def _set_ids(self, columns: dict[str, pa.ChunkedArray], space: str) -> None:
-        self._content = np.array([content_id(v.as_buffer()) for v in self._image]) if self._holds_bytes else None
+        if self._holds_bytes:
+            self._content = np.array([content_id(v.as_buffer()) for v in self._image])
+            self._number = running_numbers(self._content)
         if "image_id" in columns:
             self.image_id = self._ids("image_id", columns["image_id"], space)
             self._refuse(
@@ -213,8 +216,8 @@ class ManifestDataset(ImageTextDataset):
             return str(self._key[index].as_py())
         if self._content is None:
             return f"{self._image[index].as_py()}#{index + 1}"
-        before = int((self._content[:index] == self._content[index]).sum())  # equal bytes in several rows
-        return f"{self._content[index]:016x}" + (f"#{before + 1}" if before else "")
+        number = int(self._number[index])  # of the rows with equal bytes
+        return f"{self._content[index]:016x}" + (f"#{number + 1}" if number else "")
 
     def source(self, index: int) -> str:  # noqa: D102
         if self.modality[index] == Modality.REAL:

@@ -16,8 +16,8 @@ from gmail_lightning.datasets.base import (
     decode_image,
     own_pair_ids,
 )
-from gmail_lightning.datasets.coco import read_json
 from gmail_lightning.datasets.ids import stable_ids
+from gmail_lightning.datasets.parsed import read_json
 
 LETTERS = "ABCDE"
 IMAGE = "<image>"  # LLaVA's placeholder; the captioner puts the image where its prompt wants it

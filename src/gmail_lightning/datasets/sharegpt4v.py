@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from gmail_lightning.datasets.base import DataError, ModalityName
-from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows
+from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows, caption_table
+from gmail_lightning.datasets.parsed import read_once
 
 VALIDATION_ENTRIES = 1_000
 BLOCK = 1 << 20  # characters of the file read at a time
@@ -46,28 +47,29 @@ class ShareGPT4V(CaptionRows):
             raise ValueError(f"Unknown split {split!r} of ShareGPT4V. Known: val, train.")
         self.annotations, self.image_root = Path(annotations), Path(image_root)
         first, last = (0, VALIDATION_ENTRIES) if split == "val" else (VALIDATION_ENTRIES, None)
-        captions, files = [], []
-        try:
-            for entry in islice(json_entries(self.annotations), first, last):
-                captions.append(entry["conversations"][1]["value"])
-                files.append(entry["image"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise DataError(
-                f"{annotations} entry {first + len(files) + 1}: no 'image', or no answer in 'conversations' "
-                f"({error!r}): not the format of ShareGPT4V."
-            ) from error
-        if not files:
+        rows = self._parsed = read_once(  # held for other data sets of the file
+            self.annotations, split, lambda: caption_table(self.annotations, _rows(self.annotations, first, last))
+        )
+        if not len(rows):
             raise DataError(f"{annotations}: no entry after the first {first:,}: the split {split!r} is empty.")
-        rows = [
-            CaptionRow(caption, file, _image_id(file), f"sharegpt4v/{number}")
-            for number, (caption, file) in enumerate(zip(captions, files, strict=True), start=first)
-        ]
         self.set_rows(rows, modality)
         self.split = split
         if split == "val":
             self.check_protocol("sharegpt4v_1k", enforce=check_counts)
         else:
             self.summary = f"{annotations}: ShareGPT4V without its first {first:,} entries: {len(self):,} captions."
+
+
+def _rows(annotations: Path, first: int, last: int | None) -> Iterator[CaptionRow]:
+    for number, entry in enumerate(islice(json_entries(annotations), first, last), start=first):
+        try:
+            caption, file = entry["conversations"][1]["value"], entry["image"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise DataError(
+                f"{annotations} entry {number + 1}: no 'image', or no answer in 'conversations' ({error!r}): not the "
+                "format of ShareGPT4V."
+            ) from error
+        yield CaptionRow(caption, file, _image_id(file), f"sharegpt4v/{number}")
 
 
 class Urban1k(CaptionRows):
@@ -100,7 +102,7 @@ class Urban1k(CaptionRows):
             CaptionRow(_first_line(path), images[name].name, f"urban1k/{name}", f"urban1k/{name}")
             for name, path in captions.items()
         ]
-        self.set_rows(rows, "real")
+        self.set_rows(caption_table(self.annotations, rows), "real")
         self.check_protocol("urban1k", enforce=check_counts)
         self.split = "test"
 

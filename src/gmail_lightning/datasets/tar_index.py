@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from gmail_lightning.cache import cache_folder
 from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.columns import integers_or_texts
 from gmail_lightning.datasets.ids import stable_ids
@@ -207,10 +208,8 @@ def _stamp(tar: Path) -> tuple[int, int, int]:
 
 def _places(folder: Path) -> list[Path]:
     """Where the index of a folder may be: in it, or in the cache if the folder cannot be written."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(os.environ.get("GMAIL_LIGHTNING_CACHE") or Path(base) / "gmail_lightning")
     digest = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
-    return [folder / INDEX, cache / f"index-{digest}.parquet"]
+    return [folder / INDEX, cache_folder() / f"index-{digest}.parquet"]
 
 
 def _load(folder: Path, described: bool) -> tuple[dict[str, tuple[int, int, int]], dict[str, pa.Table]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gmail_lightning.cache import cache_folder
 from gmail_lightning.metrics.ptb_tokenizer import PUNCTUATION, normalize_whitespace
 
 PTB_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
@@ -46,11 +47,6 @@ SPICE_OPENS = tuple(f"java.{name}=ALL-UNNAMED" for name in (
 
 class JavaError(RuntimeError):
     """A Java tool is missing, died, took too long, or gave an answer that makes no sense."""
-
-
-def cache_folder() -> Path:
-    """Where this package keeps what it makes from installed files: ``gmail_lightning`` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gmail_lightning"
 
 
 def find_java() -> str:
