@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gmail_lightning.datasets import CocoCaptions, Flickr30k, ShareGPT4V, parsed
+from gmail_lightning.datasets import CocoCaptions, Flickr30k, ManifestDataset, ShareGPT4V, parsed
 from gmail_lightning.datasets.base import DataError
 
 
@@ -81,6 +81,17 @@ def test_without_a_cache_that_can_be_written(
     path = karpathy(tmp_path / "dataset_coco.json")
     assert CocoCaptions(path, tmp_path, split="val").captions(0) == ["a cat 1"]
     assert reads == [path]
+
+
+def test_data_sets_of_one_manifest_share_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("image,caption\n1.jpg,a cat\n", encoding="utf-8")
+    first = ManifestDataset(path, modality="real")
+    monkeypatch.setattr("gmail_lightning.datasets.columns._csv_records", None)  # not read again
+    assert ManifestDataset(path, modality="generated").captions(0) == first.captions(0)
+    monkeypatch.undo()
+    path.write_text("image,caption\n1.jpg,one dog\n", encoding="utf-8")
+    assert ManifestDataset(path, modality="real").captions(0) == ["one dog"]
 
 
 @pytest.mark.parametrize("large", [0, 1 << 20])

@@ -18,12 +18,14 @@ import pyarrow.parquet as pq
 
 from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.ids import id_text, is_image_name
+from gmail_lightning.datasets.parsed import read_once
 
 Kind = Callable[[pa.ChunkedArray], pa.ChunkedArray]  # gives a column its type
 QUOTES = (
     "Put double quotes around texts that hold a separator, a quote or a line break, and double the quotes within; "
     "JSONL needs none of this."
 )
+FOUND = b"gmail_lightning.found"  # the names of all columns of the file
 ROWS_AT_ONCE = 65536  # of a text file, turned into Arrow columns together: never a list of all rows
 
 
@@ -107,8 +109,10 @@ def numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.float64())
 
 
-def read_columns(path: Path, kinds: dict[str, Kind]) -> tuple[dict[str, pa.ChunkedArray], list[str]]:
+def read_columns(path: Path, kinds: dict[str, Kind]) -> tuple[pa.Table, list[str]]:
     """Reads the columns named in ``kinds``, as far as they are there, and the names of all columns.
+
+    Data sets of one file share the table, as long as one of them holds it.
 
     Args:
         path: The manifest.
@@ -119,6 +123,12 @@ def read_columns(path: Path, kinds: dict[str, Kind]) -> tuple[dict[str, pa.Chunk
     """
     if not path.is_file():
         raise DataError(f"{path}: no such manifest. Check the path; a relative one starts from {Path.cwd()}.")
+    part = " ".join(f"{name}:{kind.__name__}" for name, kind in kinds.items())
+    table = read_once(path, part, lambda: _read(path, kinds), keep=False)
+    return table, json.loads(table.schema.metadata[FOUND])
+
+
+def _read(path: Path, kinds: dict[str, Kind]) -> pa.Table:
     if path.suffix == ".parquet":
         try:
             file = pq.ParquetFile(path)
@@ -141,7 +151,7 @@ def read_columns(path: Path, kinds: dict[str, Kind]) -> tuple[dict[str, pa.Chunk
             columns[name] = kinds[name](column)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise DataError(f"{path}: column {name} cannot be {column.type} ({error}).") from error
-    return columns, found
+    return pa.table(columns, metadata={FOUND: json.dumps(found)})
 
 
 def _json_records(path: Path) -> Iterator[dict[str, Any]]:

@@ -79,7 +79,8 @@ class ManifestDataset(ImageTextDataset):
         kinds |= dict.fromkeys(("key", "source", "modality", "question"), texts)
         kinds["weight"] = numbers
         kinds |= dict.fromkeys(("image_id", "pair_id", "label"), ids)
-        columns, found = read_columns(self.path, kinds)
+        self._table, found = read_columns(self.path, kinds)
+        columns = {name: self._table[name] for name in self._table.column_names}
         if caption_key == "caption" and "caption" not in columns and "captions" in columns:
             caption_key = "captions"
         missing = [image_key] if image_key not in columns else []

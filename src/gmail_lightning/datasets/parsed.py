@@ -1,4 +1,4 @@
-"""Files of annotations are parsed once: the data sets of a process share the rows, and large ones are kept on disk."""
+"""Files of rows are parsed once: the data sets of a process share the rows, and large ones are kept on disk."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ VERSION = 1  # of the tables
 _shared: WeakValueDictionary[str, pa.Table] = WeakValueDictionary()  # as long as a data set holds them
 
 
-def read_once(path: Path, part: str, parse: Callable[[], pa.Table]) -> pa.Table:
+def read_once(path: Path, part: str, parse: Callable[[], pa.Table], keep: bool = True) -> pa.Table:
     """Returns the rows that ``parse`` makes of a file, or made of it since the file changed last.
 
     Args:
         path: The file; its size and its time of change are compared.
         part: What of the file the rows are, and in which form.
         parse: Reads the file.
+        keep: Whether the rows of a large file are kept on disk.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such annotation file. Check the path.")
@@ -35,7 +36,7 @@ def read_once(path: Path, part: str, parse: Callable[[], pa.Table]) -> pa.Table:
     stamp = f"{VERSION} {path.resolve()} {part} {status.st_size} {status.st_mtime_ns}"
     table = _shared.get(stamp)
     if table is None:
-        table = parse() if status.st_size < LARGE else _kept(f"{path.resolve()} {part}", stamp, parse)
+        table = parse() if not keep or status.st_size < LARGE else _kept(f"{path.resolve()} {part}", stamp, parse)
         _shared[stamp] = table
     return table
 
