@@ -35,6 +35,11 @@ def stable_id(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def own_id(key: str, first: str, image: bytes) -> int:
+    """Of an image without a stated id: by its key, and key and bytes of the first image of its tar."""
+    return stable_id(f"{hashlib.blake2b(first.encode() + bytes(1) + image, digest_size=8).hexdigest()}/{key}")
+
+
 # Stores
 
 
@@ -291,8 +296,9 @@ def test_downloads_of_img2dataset(tmp_path: Path, parquet: bool) -> None:
         assert np.array_equal(pixels(data, index), picture(number))
         assert data.captions(index) == [f"caption {number}"]
         assert data.record(index)["url"] == f"http://x/{number % 4}"
-    assert data.image_id.tolist() == [stable_id(key) for key in keys]
-    assert set(data.pair_id) == {-1}
+    firsts = [("000000000", png(0)), ("000010000", png(4))]
+    assert data.image_id.tolist() == [own_id(key, *firsts[index // 3]) for index, key in enumerate(keys)]
+    assert data.pair_id.tolist() == data.image_id.tolist()
     assert set(data.modality) == {0}
     assert data.source(0) == "real"
     assert data.split is None
@@ -327,9 +333,12 @@ def test_captions_and_ids_wherever_they_are(tmp_path: Path, caplog: pytest.LogCa
     for key, number in {"a": 0, "f": 5, "sub.dir/g": 6, "x" * 150: 11}.items():
         assert np.array_equal(pixels(data, found[key][1]), picture(number))
     ids = dict(zip(captions, data.image_id.tolist(), strict=True))
-    assert ids == {**{key: stable_id(key) for key in captions}, "a": 7, "b": 7, "e": stable_id("s7")}
+    own = {key: own_id(key, "a", png(0)) for key in captions}
+    assert ids == {**own, "a": 7, "b": 7, "e": stable_id("s7")}
     assert data.pair_id.tolist()[:2] == [stable_id("p"), 4]
-    assert data.dropped == {"unreadable text": 2, "no image": 1, "no caption": 2}
+    assert data.dropped == {
+        "unreadable text": 2, "no image": 1, "no caption": 3, "members without a suffix": 1,
+    }  # fmt: skip
     assert any(record.levelno == logging.WARNING and data.summary == record.message for record in caplog.records)
     assert data.record(found["f"][1]) == {}
 

@@ -41,11 +41,6 @@ def ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def integers_or_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """To be removed with its last use, in tar_index."""
-    return column.cast(pa.string())
-
-
 def paths_or_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Bytes stay bytes, the rest is text; of Hugging Face's images (bytes, path) the bytes, where there are any."""
     if pa.types.is_struct(column.type):

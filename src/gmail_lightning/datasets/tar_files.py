@@ -81,8 +81,8 @@ def find_tars(path: str | Path) -> list[Path]:
                 f"{min(lost)}: its tar is missing ({len(lost)} such files). Fetch it again, or remove both."
             )
     else:
-        names = expand_braces(text)
-        matches = [sorted(glob.glob(name)) if glob.has_magic(name) else [name] for name in names]
+        names = expand_path(text)
+        matches = [_matches(name) for name in names]
         found = [Path(match) for some in matches for match in some]
         missing = [name for name, some in zip(names, matches, strict=True) if not some]
         missing += [str(p) for p in found if not p.is_file()]
@@ -99,6 +99,24 @@ def find_tars(path: str | Path) -> list[Path]:
     if len({p.parent for p in found}) > 1:
         raise DataError(f"{text} names tars of several folders: give one TarShards per folder.")
     return found
+
+
+def _matches(name: str) -> list[str]:
+    """The files of a pattern; what there is by this very name is no pattern, of a folder neither."""
+    if not glob.has_magic(name) or os.path.exists(name):
+        return [name]
+    folder, last = os.path.split(name)
+    return sorted(glob.glob(os.path.join(glob.escape(folder) if os.path.isdir(folder) else folder, last)))
+
+
+def expand_path(text: str) -> list[str]:
+    """Expands the braces of a path, but for those of a file or a folder that there is."""
+    folder, last = os.path.split(text)
+    if os.path.exists(text):
+        return [text]
+    if os.path.isdir(folder):
+        return [os.path.join(folder, name) for name in expand_braces(last)]
+    return expand_braces(text)
 
 
 def expand_braces(text: str) -> list[str]:

@@ -6,13 +6,13 @@ import hashlib
 import json
 import logging
 import os
-import re
 import tarfile
 import uuid
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +21,8 @@ import pyarrow.parquet as pq
 
 from gmail_lightning.cache import cache_folder
 from gmail_lightning.datasets.base import DataError
-from gmail_lightning.datasets.columns import integers_or_texts
-from gmail_lightning.datasets.ids import stable_ids
-from gmail_lightning.transforms.image import SUFFIXES
+from gmail_lightning.datasets.ids import id_text, stable_ids
+from gmail_lightning.datasets.tar_members import of_no_use, open_tar, read_members, read_name
 
 INDEX = "index.parquet"
 META = b"gmail_lightning_tar_index"
@@ -31,22 +30,43 @@ FIELDS = ("caption", "status", "image_id", "pair_id", "clip_score")  # of a key'
 OURS = {"prompt_id", "exact_hash"}  # every row that image generation wrote has both
 PLACES = [f"{kind}_{what}" for kind in ("image", "json") for what in ("offset", "size")]
 TEXTS = pa.schema([("key", pa.string()), *((n, pa.int64()) for n in PLACES), *((n, pa.string()) for n in FIELDS)])
-NUMBERS = {"image_id": pa.int64(), "pair_id": pa.int64(), "clip_score": pa.float64()}
-SCHEMA = pa.schema([(column.name, NUMBERS.get(column.name, column.type)) for column in TEXTS])
+SCHEMA = pa.schema(
+    [
+        *((column.name, pa.float64() if column.name == "clip_score" else column.type) for column in TEXTS),
+        ("own_id", pa.int64()),
+    ]
+)
+VERSION = 2  # of what an index says; one of another version is made anew
+UNREADABLE = "unreadable text"
+
+Places = dict[str, tuple[int, int]]
 
 logger = logging.getLogger(__name__)
 
 
-def tar_index(tars: list[Path], described: bool) -> tuple[pa.Table, np.ndarray, list[tuple[int, int]]]:
+class TarIndex(NamedTuple):
+    """What is known of some tars.
+
+    Attributes:
+        table: One row per key, of ``SCHEMA``, null where a member is missing. ``own_id`` is for images without
+            ``image_id``.
+        number: The number of each row's tar, shape (N,) int32.
+        stamps: The size and the time of change of each tar.
+        unused: How many members are of no use, by what they are.
+    """
+
+    table: pa.Table
+    number: np.ndarray
+    stamps: list[tuple[int, int]]
+    unused: dict[str, int]
+
+
+def tar_index(tars: list[Path], described: bool) -> TarIndex:
     """Returns one row per key of the tars; tars that are new or have changed are read first.
 
     Args:
         tars: Tars of one folder.
         described: A manifest holds captions and ids, so that the members' texts need not be read.
-
-    Returns:
-        A table of ``SCHEMA``, null where a member is missing; the number of each row's tar in ``tars``, shape (N,)
-        int32; the size and time of change of each tar.
 
     Raises:
         DataError: If a tar is cut short, damaged, or names a key twice, or is of a store without its manifest; names
@@ -54,109 +74,130 @@ def tar_index(tars: list[Path], described: bool) -> tuple[pa.Table, np.ndarray, 
     """
     folder = tars[0].parent
     stamps = {tar.name: _stamp(tar) for tar in tars}
-    known, parts = _load(folder, described)
+    known, parts, unused = _load(folder, described)
     stale = [tar for tar in tars if known.get(tar.name) != stamps[tar.name]]
     changed = [tar.name for tar in stale if tar.name in known]
     if changed:
         logger.warning("%s changed since %s were indexed: they are read again.", ", ".join(changed), folder)
     if stale:
         logger.info("Indexing %d tars of %s.", len(stale), folder)
-        parts |= {tar.name: index_tar(tar, described) for tar in stale}
+        for tar in stale:
+            parts[tar.name], unused[tar.name] = index_tar(tar, described)
         known |= {tar.name: stamps[tar.name] for tar in stale}
         kept = sorted(name for name in parts if (folder / name).is_file())
-        _save(folder, described, {name: known[name] for name in kept}, [parts[name] for name in kept])
+        tars_of = {name: (known[name], len(parts[name]), unused[name]) for name in kept}
+        _save(folder, described, tars_of, [parts[name] for name in kept])
     table = pa.concat_tables([parts[tar.name] for tar in tars])
     number = np.repeat(np.arange(len(tars), dtype=np.int32), [len(parts[tar.name]) for tar in tars])
-    return table, number, [(stamps[tar.name][0], stamps[tar.name][1]) for tar in tars]
+    total = sum((Counter(unused[tar.name]) for tar in tars), Counter[str]())
+    return TarIndex(table, number, [(stamps[tar.name][0], stamps[tar.name][1]) for tar in tars], dict(total))
 
 
-def index_tar(path: Path, described: bool = False) -> pa.Table:
-    """Makes the rows of one tar, by one pass over its headers; images are not read."""
+def index_tar(path: Path, described: bool = False) -> tuple[pa.Table, dict[str, int]]:
+    """Makes the rows of one tar, by one pass over its headers; of the images the first is read.
+
+    Returns:
+        A table of ``SCHEMA``, and how many members are of no use, by what they are.
+    """
     columns: dict[str, list[Any]] = {name: [] for name in TEXTS.names}
     beside = None if described else _parquet_beside(path)
-    members = _members(path)
     with path.open("rb") as file:
+        members, unused = _members(path, file)
         for key, found in members.items():
             columns["key"].append(key)
             for kind in ("image", "json"):
                 offset, size = found.get(kind, (None, None))
                 columns[f"{kind}_offset"].append(offset)
                 columns[f"{kind}_size"].append(size)
-            fields = {} if described else _fields(path, file.fileno(), found, beside is None)
+            fields = {} if described else _fields(path, key, file.fileno(), found, beside is None)
             for name in FIELDS:
                 columns[name].append(fields.get(name))
+        images = {key: found["image"] for key, found in members.items() if "image" in found}
+        first = min(images, key=images.__getitem__, default="")
+        offset, size = images.get(first, (0, 0))
+        image = b"" if described else os.pread(file.fileno(), size, offset)
     table = pa.table(columns, schema=TEXTS)
     if beside is not None:
         table = _with_parquet(table, beside)
-    own = {"image_id": table["key"].to_pylist(), "pair_id": [None] * len(table)}
-    for name in () if described else ("image_id", "pair_id"):
-        values = zip(table[name].to_pylist(), own[name], strict=True)
-        column = pa.array([_id(value, default) for value, default in values], pa.int64())
-        table = table.set_column(table.schema.get_field_index(name), name, column)
+    ids = np.full(len(table), -1) if described else _own_ids(image, first, table["key"].to_pylist())
     try:
-        return table.cast(SCHEMA)
+        return table.append_column("own_id", pa.array(ids, pa.int64())).cast(SCHEMA), unused
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: a clip_score is no number ({error}).") from error
 
 
-def _id(value: str | None, default: str | None) -> int:
-    """An integer as it is, a text by a stable hash, that of the default where there is no value, -1 without one."""
-    if value is None and default is None:
-        return -1
-    if value is not None and re.fullmatch(r"-?\d{1,18}", value):
-        return int(value)
-    return int(stable_ids([value or default or ""])[0])
+def _own_ids(image: bytes, first: str, keys: list[str]) -> np.ndarray:
+    """Ids of images without a stated one: of their keys and of the first image of their tar, wherever that lies."""
+    digest = hashlib.blake2b(first.encode(errors="surrogateescape") + b"\0" + image, digest_size=8).hexdigest()
+    return stable_ids(f"{digest}/{key}" for key in keys)
 
 
-def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Offset and size of the image, the text and the record of each key."""
-    members: dict[str, dict[str, tuple[int, int]]] = {}
+def _members(path: Path, file: IO[bytes]) -> tuple[dict[str, Places], dict[str, int]]:
+    """Offset and size of the image, the text and the record of each key, and how many members are of no use."""
+    members: dict[str, Places] = {}
+    unused: Counter[str] = Counter()
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                cast(Any, tar).members = []  # else the list of all members grows
-                match = re.fullmatch(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]*)", member.name)  # up to the name's first dot
-                if match is None or not member.isreg():
+        with open_tar(file, "r:") as archive:
+            for member in read_members(archive):
+                name = read_name(member.name)
+                if not name.kind or not member.isreg():
+                    unused[of_no_use(member.name) if member.isreg() else "links"] += 1
                     continue
-                key, suffix = match.groups()
-                suffix = suffix.lower()
-                kind = "image" if f".{suffix}" in SUFFIXES else suffix
-                if kind not in ("image", "txt", "json"):
-                    continue
-                found = members.setdefault(key, {})
-                if kind in found:
-                    raise DataError(f"{path}: key {key!r} has two members .{suffix} or two images. Make keys unique.")
-                found[kind] = (member.offset_data, member.size)
-            end = tar.offset
-        with path.open("rb") as file:
-            closed = os.pread(file.fileno(), tarfile.BLOCKSIZE, end) == bytes(tarfile.BLOCKSIZE)
+                found = members.setdefault(name.key, {})
+                if name.kind in found:
+                    raise DataError(
+                        f"{path}: key {name.key!r} has two members .{name.suffix} or two images. Make keys unique."
+                    )
+                found[name.kind] = (member.offset_data, member.size)
     except tarfile.ReadError as error:
-        raise DataError(
-            f"{path}: not a whole uncompressed tar ({error}). Was it cut short, as by a download that was stopped? "
-            "Fetch or make it again."
-        ) from error
-    if not closed:
-        last = next(reversed(members), None)
-        raise DataError(f"{path} is cut short or damaged after key {last!r}: no end mark. Fetch or make it again.")
-    return members
+        fault = f"{path}: not a whole uncompressed tar"
+        if members:
+            fault = f"{path} is cut short or damaged after key {next(reversed(members))!r}"
+        raise DataError(f"{fault} ({error}). Fetch or make it again.") from error
+    return members, dict(unused)
 
 
-def _fields(path: Path, descriptor: int, found: dict[str, tuple[int, int]], with_record: bool) -> dict[str, str | None]:
+def _fields(path: Path, key: str, descriptor: int, found: Places, with_record: bool) -> dict[str, str | None]:
     """What a key's texts say; what cannot be read becomes its status."""
     fields: dict[str, str | None] = {}
     record: dict[str, Any] = {}
     try:
         if with_record and "json" in found:
             offset, size = found["json"]
-            record = json.loads(os.pread(descriptor, size, offset))
-            fields = {name: None if record.get(name) is None else str(record[name]) for name in FIELDS}
+            record = read_record(os.pread(descriptor, size, offset))
+            fields = {name: _text(name, record.get(name)) for name in FIELDS}
         if "txt" in found:
             offset, size = found["txt"]
-            fields["caption"] = os.pread(descriptor, size, offset).decode() or fields.get("caption")
-    except (ValueError, AttributeError):  # not UTF-8, not JSON, not an object
-        fields["status"] = "unreadable text"
-    _refuse_generated(path, record if isinstance(record, dict) else {})
+            fields["caption"] = os.pread(descriptor, size, offset).decode("utf-8-sig") or fields.get("caption")
+    except DataError as error:
+        raise DataError(f"{path} key {key!r}: {error}") from error
+    except ValueError:
+        fields["status"] = UNREADABLE
+    _refuse_generated(path, record)
     return fields
+
+
+def read_record(data: bytes) -> dict[str, Any]:
+    """Returns what a ``.json`` member says.
+
+    Raises:
+        ValueError: If it is no JSON object, or nested too deeply to be read, or its caption is no text.
+    """
+    try:
+        record = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    if not isinstance(record.get("caption"), str | None):
+        raise ValueError(f"its caption is {record['caption']!r} and no text")
+    return record
+
+
+def _text(name: str, value: Any) -> str | None:
+    if name.endswith("_id"):
+        return id_text(value)
+    return None if value is None else str(value)
 
 
 def _refuse_generated(path: Path, names: Iterable[str]) -> None:
@@ -181,10 +222,23 @@ def _parquet_beside(path: Path) -> pa.Table | None:
     if "key" not in names:
         return None
     _refuse_generated(path, names)
-    whole = {
-        name: integers_or_texts(table[name]) if name.endswith("_id") else table[name] for name in table.column_names
-    }
-    return pa.table({name: column.cast(pa.string()).combine_chunks() for name, column in whole.items()})
+    columns: dict[str, pa.Array] = {}
+    for name in table.column_names:
+        try:
+            if name.endswith("_id"):
+                columns[name] = pa.array([id_text(value) for value in table[name].to_pylist()], pa.string())
+            elif name == "caption" and not _holds_texts(table[name]):
+                raise DataError(f"its values are {table[name].type}, and no texts")
+            else:
+                columns[name] = table[name].cast(pa.string()).combine_chunks()
+        except (DataError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise DataError(f"{file} column {name}: {error}") from error
+    return pa.table(columns)
+
+
+def _holds_texts(column: pa.ChunkedArray) -> bool:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
 
 
 def _with_parquet(table: pa.Table, beside: pa.Table) -> pa.Table:
@@ -212,21 +266,24 @@ def _places(folder: Path) -> list[Path]:
     return [folder / INDEX, cache_folder() / f"index-{digest}.parquet"]
 
 
-def _load(folder: Path, described: bool) -> tuple[dict[str, tuple[int, int, int]], dict[str, pa.Table]]:
-    """Stamps and rows of the tars that are indexed."""
+def _load(
+    folder: Path, described: bool
+) -> tuple[dict[str, tuple[int, int, int]], dict[str, pa.Table], dict[str, dict[str, int]]]:
+    """Stamps, rows and members of no use of the tars that are indexed."""
     for place in _places(folder):
         try:
             meta = json.loads((pq.read_schema(place).metadata or {}).get(META, b"{}"))
-            if meta.get("described") is not described or meta.get("schema") != SCHEMA.names:
+            if (meta.get("described"), meta.get("version")) != (described, VERSION):
                 continue
             table, start, parts = pq.read_table(place, schema=SCHEMA, partitioning=None), 0, {}
         except (OSError, pa.ArrowInvalid):  # not there, or not readable: made anew
             continue
-        for name, (_, rows) in meta["tars"].items():
+        for name, (_, rows, _) in meta["tars"].items():
             parts[name] = table.slice(start, rows)
             start += rows
-        return {name: tuple(stamp) for name, (stamp, _) in meta["tars"].items()}, parts
-    return {}, {}
+        stamps = {name: tuple(stamp) for name, (stamp, _, _) in meta["tars"].items()}
+        return stamps, parts, {name: unused for name, (_, _, unused) in meta["tars"].items()}
+    return {}, {}, {}
 
 
 def remove_index(folder: Path) -> None:
@@ -237,10 +294,9 @@ def remove_index(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _save(folder: Path, described: bool, stamps: dict[str, tuple[int, int, int]], parts: list[pa.Table]) -> None:
+def _save(folder: Path, described: bool, tars: dict[str, Any], parts: list[pa.Table]) -> None:
     """Writes the index under a temporary name and renames it; a file of another kind is left alone."""
-    tars = {name: (stamp, len(part)) for (name, stamp), part in zip(stamps.items(), parts, strict=True)}
-    meta = json.dumps({"described": described, "schema": SCHEMA.names, "tars": tars})
+    meta = json.dumps({"described": described, "version": VERSION, "tars": tars})
     table = pa.concat_tables(parts).replace_schema_metadata({META: meta.encode()})
     reasons = []
     for place in _places(folder):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gmail_lightning.datasets.base import DataError
+from gmail_lightning.datasets.ids import id_column, stable_ids
 from gmail_lightning.datasets.shards import MANIFEST
 from gmail_lightning.datasets.tar_index import tar_index
 
@@ -31,12 +32,14 @@ class TarRows:
         tars: Paths of the tars.
         stamps: Size and time of change of each tar when it was indexed.
         unlisted: Number of keys in the tars that the manifest does not have.
+        unused: How many members of the tars are of no use, by what they are.
     """
 
     columns: pa.RecordBatch
     tars: list[str]
     stamps: list[tuple[int, int]]
     unlisted: int = 0
+    unused: dict[str, int] = field(default_factory=dict)
 
 
 def read_manifest(folder: Path, names: list[str]) -> pa.RecordBatch:
@@ -91,7 +94,7 @@ def store_rows(tars: list[Path], all_tars: bool, scores: list[str]) -> TarRows:
     else:
         rows, tar = rows.filter(pc.is_valid(tar)), tar.drop_null()
     check_keys(rows["key"], str(folder / MANIFEST))
-    index, number, stamps = tar_index(tars, described=True)
+    index, number, stamps, unused = tar_index(tars, described=True)
     at = pc.index_in(rows["key"], value_set=whole(index["key"]))
     here = pc.fill_null(pc.equal(pa.array(number).take(at), tar), False)
     at = pc.if_else(here, at, pa.scalar(None, at.type))  # found, but in the tar of another shard
@@ -103,6 +106,7 @@ def store_rows(tars: list[Path], all_tars: bool, scores: list[str]) -> TarRows:
         [str(path) for path in tars],
         stamps,
         len(index) - (len(at) - at.null_count),
+        unused,
     )
 
 
@@ -125,23 +129,31 @@ def _refuse(folder: Path, rows: pa.RecordBatch, wrong: pa.Array, complaint: str)
         )
 
 
-def webdataset_rows(tars: list[Path]) -> TarRows:
+def webdataset_rows(tars: list[Path], space: str = "") -> TarRows:
     """Reads the index of tars without a manifest; a key whose status is not ``success`` counts as failed.
+
+    Args:
+        tars: Tars of one folder.
+        space: Name of the data set that ids and keys are of.
 
     Raises:
         DataError: If two tars have one key.
     """
-    index, number, stamps = tar_index(tars, described=False)
+    index, number, stamps, unused = tar_index(tars, described=False)
     columns = {name: whole(index[name]) for name in index.column_names}
     check_keys(columns["key"], str(tars[0].parent))
     succeeded = pc.is_in(
         pc.fill_null(columns["status"], "ok"), value_set=pa.array(["ok", "success"], pa.large_string())
     )
     row = pa.array(np.arange(len(index)))
-    rows = {name: columns[name] for name in ("key", "caption", "image_id", "pair_id", "clip_score")}
+    rows = {name: columns[name] for name in ("key", "caption", "clip_score")}
+    own = stable_ids(f"{space}/{key}" for key in columns["key"].to_pylist()) if space else columns["own_id"].to_numpy()
+    stated = id_column(index["image_id"], space)
+    rows |= {"image_id": pa.array(np.where(stated == -1, own, stated))}
+    rows |= {"pair_id": pa.array(id_column(index["pair_id"], space))}
     rows |= {"status": pc.if_else(succeeded, "ok", "failed"), "reason": columns["status"], "row": row}
     batch = _with_members(pa.RecordBatch.from_pydict(rows), pa.array(number), columns, row)
-    return TarRows(batch, [str(path) for path in tars], stamps)
+    return TarRows(batch, [str(path) for path in tars], stamps, unused=unused)
 
 
 def check_keys(keys: pa.Array, where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from functools import cached_property
 from pathlib import Path
@@ -22,16 +21,18 @@ from gmail_lightning.datasets.base import (
     decode_image,
     folder_space,
     one_line,
+    own_pair_ids,
 )
 from gmail_lightning.datasets.shards import MANIFEST, PLAN, RECIPE, SCHEMA
 from gmail_lightning.datasets.tar_files import find_tars, read_member
 from gmail_lightning.datasets.tar_filter import Filter, choose
+from gmail_lightning.datasets.tar_index import UNREADABLE, read_record
 from gmail_lightning.datasets.tar_rows import REPAIRED, read_manifest, repaired_rows, store_rows, webdataset_rows
 from gmail_lightning.types import Modality
 
 CLIP_SCORE_SCALE = 2.5  # w of CLIPScore, arXiv 2104.08718
 ALPHA = 2.5  # of PCM-Net: a cosine of 1 / alpha and above weighs 1
-DEFECTS = ("no image", "no caption", "unreadable text")  # reasons that nobody asked for
+DEFECTS = ("no image", "no caption", UNREADABLE)  # reasons that nobody asked for
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,12 @@ class TarShards(ImageTextDataset):
 
     A folder with ``manifest.parquet`` is a store that image generation wrote: captions, ids and what the audit found
     come from the manifest. Any other is read as img2dataset leaves it: ``{key}.jpg`` (png, webp, ...), ``{key}.txt``,
-    ``{key}.json``. There the caption is the text or else ``caption`` of the record; ``image_id`` (else a hash of the
-    key), ``pair_id``, ``clip_score`` and ``status`` come from the Parquet file beside the tar, else from the records.
-    What was not downloaded is left out. A key ends at the first dot of a member's name. Tars of a store are refused
-    without their manifest.
+    ``{key}.json``. There the caption is the text or else ``caption`` of the record; ``image_id``, ``pair_id``,
+    ``clip_score`` and ``status`` come from the Parquet file beside the tar, else from the records. An image without
+    an id is known by its key and the first image of its tar, wherever that lies; where real rows state no pair, each
+    has one of its own, which what is generated from it inherits. What was not downloaded is left out. A key ends at
+    the last dot of a member's name. Archives that are joined end to end are read to the end. Tars of a store are
+    refused without their manifest.
 
     The index is ``index.parquet`` in the folder, or, where that cannot be written, a file in the folder that
     ``GMAIL_LIGHTNING_CACHE`` names, by default in the user's cache. A tar that has changed is indexed again. Columns
@@ -63,6 +66,8 @@ class TarShards(ImageTextDataset):
         repaired: Shows each caption with the image that ``gmail-lightning repair`` chose for it (SynC). ``pair_id``
             stays that of the caption, for whose real image the chosen one now stands; ``image_id`` is that of the
             chosen image, so that captions that share an image are not negatives of one another.
+        space: Name of the data set that ids and keys are of, where there is no manifest: equal ones of two spaces are
+            different images. See :mod:`gmail_lightning.datasets.ids`.
 
     Raises:
         DataError: If tars, columns or images are missing, damaged or stand twice, or no row is left; says what to do.
@@ -78,6 +83,7 @@ class TarShards(ImageTextDataset):
         source: str | None = None,
         weight: Literal["clip_score"] | None = None,
         repaired: bool = False,
+        space: str = "",
     ) -> None:
         chosen = Filter() if filter is None else filter
         if weight not in (None, "clip_score"):
@@ -88,6 +94,8 @@ class TarShards(ImageTextDataset):
         tars = find_tars(path)
         self.folder = tars[0].parent
         self.is_store = (self.folder / MANIFEST).is_file()
+        if self.is_store and space:
+            raise ValueError(f"space={space!r}: the ids of {self.folder} are those of its {MANIFEST}. Leave it out.")
         if not self.is_store and any((self.folder / name).is_file() for name in (PLAN, RECIPE)):
             raise DataError(
                 f"{self.folder}: image generation is not finished, for there is no {MANIFEST}. Run its command again: "
@@ -107,15 +115,18 @@ class TarShards(ImageTextDataset):
         elif repaired:
             raise DataError(f"{path}: repaired=True needs a store of image generation, and there is no {MANIFEST}.")
         else:
-            found = webdataset_rows(tars)
+            found = webdataset_rows(tars, space)
         rows, self._tars, self._stamps = found.columns, found.tars, found.stamps
         if self.is_store:
             self._check_split(rows, split)
         keep, self.dropped = choose(rows, chosen, split if self.is_store else None, score)
+        self.dropped |= found.unused
         self.summary = self._tell(len(rows), int(keep.sum()), found.unlisted)
         if "rejected" in chosen.statuses:
             self.not_for_training = f"{self.path} is read with rejected images. Leave only 'ok' in Filter.statuses."
         self._take(rows.filter(pa.array(keep)), modality, source)
+        if not self.is_store and (self.pair_id == -1).all():
+            self.pair_id = own_pair_ids(self)
         self.split = rows["split"][int(np.argmax(keep))].as_py() if self.is_store else split
         if weight is not None:
             self.weight = self._weights(rows.filter(pa.array(keep))["clip_score"])
@@ -208,8 +219,10 @@ class TarShards(ImageTextDataset):
         """Returns the ``.json`` that lies beside a row's image; empty where there is none."""
         if self._json_offset[index] < 0:
             return {}
-        record: dict[str, Any] = json.loads(self._read(index, self._json_offset, self._json_size))
-        return record
+        try:
+            return read_record(self._read(index, self._json_offset, self._json_size))
+        except ValueError as error:
+            raise DataError(f"{self.describe(index)}: its .json is {error}.") from error
 
     def column(self, name: str) -> pa.Array:
         """Reads a column of a store's manifest, in the order of the rows, shape (N,).

@@ -1,0 +1,93 @@
+"""The members of a tar, none passed over: where the archive ends, what belongs together, and what is of no use."""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple, cast
+
+from gmail_lightning.datasets.ids import is_image_name
+
+TEXTS = ("txt", "json")
+
+
+class Name(NamedTuple):
+    """What the name of a member says.
+
+    Attributes:
+        key: The name up to its last dot, which all members of a sample share.
+        kind: ``image``, ``txt`` or ``json``; empty where the member is of no use.
+        group: The name up to the first dot of its last part: members of a sample follow one another within it.
+        suffix: What follows the last dot, in lower case.
+    """
+
+    key: str
+    kind: str
+    group: str
+    suffix: str
+
+
+def read_name(name: str) -> Name:
+    """Takes the name of a member apart: ``a/v1.5_007.jpg`` is the image of the sample ``a/v1.5_007``."""
+    name = re.sub(r"^(\./)+", "", name)
+    folder, slash, last = name.rpartition("/")
+    stem, suffix = os.path.splitext(last)
+    suffix = suffix[1:].lower()
+    kind = "image" if is_image_name(last) else suffix if suffix in TEXTS and not last.startswith(".") else ""
+    return Name(folder + slash + stem, kind, folder + slash + last.partition(".")[0], suffix)
+
+
+def of_no_use(name: str) -> str:
+    """What members are called that no sample uses: by their suffix, or by what they are."""
+    last = name.rpartition("/")[2]
+    if last.startswith("."):
+        return "hidden members"
+    suffix = os.path.splitext(last)[1].lower()
+    return f"members {suffix}" if suffix else "members without a suffix"
+
+
+class Archive(tarfile.TarFile):
+    """Reads on behind an end mark, where archives are joined end to end, and says whether the last one has its own."""
+
+    end_mark = False
+
+
+class Header(tarfile.TarInfo):
+    """Refuses what is neither a header nor an end mark, which ``ignore_zeros`` alone would pass over."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: Any) -> Header:  # noqa: D102
+        try:
+            header = super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            tarfile_.end_mark = True
+            raise
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
+        tarfile_.end_mark = False
+        return header  # type: ignore[return-value]
+
+
+def open_tar(file: IO[bytes], mode: str) -> Archive:
+    """Opens a tar: mode ``r:`` of a file, ``r|*`` of a stream that may be compressed.
+
+    Raises:
+        tarfile.ReadError: If it is none.
+    """
+    return Archive.open(fileobj=file, mode=mode, ignore_zeros=True, tarinfo=Header)  # type: ignore[call-overload,no-any-return]
+
+
+def read_members(archive: Archive) -> Iterator[tarfile.TarInfo]:
+    """Yields every member but folders, and forgets it.
+
+    Raises:
+        tarfile.ReadError: If the tar is cut short or damaged; when it has been read up to there.
+    """
+    for member in archive:
+        cast(Any, archive).members = []  # else the list of all members grows
+        if not member.isdir():
+            yield member
+    if not archive.end_mark:
+        raise tarfile.ReadError("no end mark")
