@@ -10,6 +10,10 @@ from typing import Literal, NamedTuple, TypedDict
 from torch import Tensor
 
 
+class DataError(ValueError):
+    """The data are at fault, not the program; the message names the file, the row and what to do."""
+
+
 class Modality(IntEnum):
     """The origin of an image. Generated images are a modality of their own: a column of the batch, not a code path."""
 

@@ -113,10 +113,16 @@ def test_sets_of_torchvision(
     assert "2 classes, 2 images" in data.summary
     generated = ClassificationDataset(name, tmp_path, modality="generated", check_counts=False, class_names=["a", "b"])
     assert generated.class_names == ["a", "b"]
-    assert not set(generated.image_id.tolist()) & set(data.image_id.tolist())
+    assert data.pair_id.tolist() == data.image_id.tolist() == generated.image_id.tolist()  # the same files
+    assert generated.pair_id.tolist() == [-1, -1]
+    apart = ClassificationDataset(name, tmp_path, space="mine")
+    assert len({*apart.image_id.tolist(), *data.image_id.tolist()}) == 4
     assert generated.summary is not None
     assert "not checked" in generated.summary
     if name == "sun397":
+        (tmp_path / "SUN397" / "a" / "abbey").rename(tmp_path / "elsewhere")
+        (tmp_path / "SUN397" / "a" / "abbey").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "SUN397" / "a" / "._sun_a.jpg").touch()
         assert ClassificationDataset(name, tmp_path, split="all").label.tolist() == [0, 0, 1]
 
 
@@ -126,12 +132,15 @@ def test_caltech101(tmp_path: Path) -> None:
     for i, name in enumerate(folders):
         (folder / name).mkdir(parents=True)
         for k in range(31 + i % 2):
-            (folder / name / f"image_{k:04d}.jpg").touch()
+            (folder / name / f"image_{k:04d}.jpg").write_text(name)
     (folder / "BACKGROUND_Google" / "tmp").touch()
+    (folder / ".ipynb_checkpoints").mkdir()
     every, train, test = (
         ClassificationDataset("caltech101", tmp_path, split, check_counts=False) for split in ("all", "train", "test")
     )
     assert len(every) == 102 * 31 + 51
+    assert every.summary is not None
+    assert every.summary.endswith("; left out: 1 hidden, 1 without a suffix.")
     assert np.bincount(train.label).tolist() == [30] * 102
     assert np.bincount(test.label).tolist() == [1, 2] * 51
     ids = [set(data.image_id.tolist()) for data in (every, train, test)]

@@ -103,6 +103,13 @@ def test_urban1k(tmp_path: Path) -> None:
     ]
     assert len(set(data.image_id.tolist())) == 2
     assert data.split == "test"
+    (tmp_path / "caption" / "._2.txt").write_bytes(b"\0\xff")
+    (tmp_path / "image" / "._2.jpg").write_bytes(b"\0\xff")
+    assert len(Urban1k(tmp_path, check_counts=False)) == 2
+    (tmp_path / "image" / "2.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2\.jpg and 2\.png: two images for one caption"):
+        Urban1k(tmp_path, check_counts=False)
+    (tmp_path / "image" / "2.png").unlink()
     (tmp_path / "caption" / "3.txt").write_text("No image.")
     with pytest.raises(DataError, match=r"1 captions have no image in .*image: 3"):
         Urban1k(tmp_path, check_counts=False)

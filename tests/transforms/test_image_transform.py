@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 import torch
 from open_clip.transform import image_transform
 from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from gmail_lightning.transforms import resize
 from gmail_lightning.types import ImageSpec
@@ -61,3 +65,38 @@ def test_wrong_input_is_refused() -> None:
         resize(torch.rand(3, 4, 4), ImageSpec((4, 4)))
     with pytest.raises(ValueError, match="Unknown resize_mode 'stretch'"):
         resize(torch.zeros(3, 4, 4, dtype=torch.uint8), ImageSpec((5, 5), "stretch"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", [(24, 24), (24, 36)])
+@pytest.mark.parametrize("shape", [(1, 3000), (3000, 1), (2, 1001), (1001, 3), (5, 900)])
+def test_what_is_cut_off_before_resizing_was_not_seen(shape: tuple[int, int], target: tuple[int, int]) -> None:
+    image = torch.from_numpy(picture(*shape)).permute(2, 0, 1)
+    scale = max(target[0] / shape[0], target[1] / shape[1])
+    size = [max(int(side * scale), least) for side, least in zip(shape, target, strict=True)]
+    whole = F.resize(image, size, InterpolationMode.BICUBIC, antialias=True)
+    difference = (resize(image, ImageSpec(target)) * 255 - F.center_crop(whole, list(target))).abs()
+    assert difference.mean() < 8  # its middle is at most one pixel of the target away
+    if scale == int(scale):
+        assert difference.max() <= 1
+
+
+def test_tall_images_are_squashed_alike() -> None:
+    image = torch.from_numpy(picture(4000, 2)).permute(2, 0, 1)
+    whole = F.resize(image, [24, 200], InterpolationMode.BICUBIC, antialias=True)
+    assert (resize(image, ImageSpec((24, 200), "squash")) * 255 - whole).abs().max() <= 2
+
+
+def test_memory_of_resizing_is_that_of_source_and_target() -> None:
+    code = """
+import resource, torch
+from gmail_lightning.transforms import resize
+from gmail_lightning.types import ImageSpec
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+resize(torch.zeros(3, 300, 300, dtype=torch.uint8), ImageSpec((224, 224)))
+for shape in ((1, 200_000), (200_000, 1), (3, 60_000)):
+    for mode in ("crop", "squash", "longest"):
+        before = peak()
+        resize(torch.zeros(3, *shape, dtype=torch.uint8), ImageSpec((224, 224), mode))
+        assert peak() - before < 60, (shape, mode, peak() - before)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

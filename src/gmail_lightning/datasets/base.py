@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -12,24 +11,17 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode
-from torchvision.io import decode_image as decode_with_torchvision
 
+# Readers find here all that they need.
+from gmail_lightning.transforms.decode import ImageDecodeError as ImageDecodeError
+from gmail_lightning.transforms.decode import decode_image as decode_image
+from gmail_lightning.types import DataError as DataError
 from gmail_lightning.types import ImageTextSample, Modality
 
 ModalityName = Literal["real", "generated"]
 CAPTION_BLOCK = 65_536  # rows whose captions are looked at together
-
-
-class DataError(ValueError):
-    """The data are at fault, not the program; the message names the file, the row and what to do."""
-
-
-class ImageDecodeError(DataError):
-    """An image cannot be read or decoded. Training replaces the row and counts it; evaluation stops."""
 
 
 def folder_space(folder: Path) -> str:
@@ -40,55 +32,6 @@ def folder_space(folder: Path) -> str:
 def one_line(text: str) -> str:
     """Runs of white space, line breaks included, become one space: a caption is one line in every file and metric."""
     return " ".join(text.split())
-
-
-def decode_image(data: bytes) -> Tensor:
-    """Decodes one image; the EXIF orientation is applied and transparency is laid over white.
-
-    Args:
-        data: An encoded image: JPEG, PNG and WebP by torchvision, all else that Pillow reads by Pillow.
-
-    Returns:
-        RGB, uint8, shape (3, H, W); of an animation the first frame.
-
-    Raises:
-        ImageDecodeError: If neither library reads it.
-    """
-    # Left to Pillow: what torchvision refuses, and where it ignores transparency (palettes) or orientation (WebP).
-    is_jpeg = data[:2] == b"\xff\xd8"
-    is_png = data[:4] == b"\x89PNG" and data[25:26] != b"\x03" and b"tRNS" not in data[: data.find(b"IDAT")]
-    is_webp = data[8:12] == b"WEBP" and not (data[12:16] == b"VP8X" and data[20] & 8)
-    if is_jpeg or is_png or is_webp:
-        try:
-            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            mode = ImageReadMode.RGB if is_jpeg else ImageReadMode.UNCHANGED  # a JPEG's fourth channel is ink
-            image = decode_with_torchvision(buffer, mode, apply_exif_orientation=True)
-            return _over_white(image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8))
-        except RuntimeError:
-            pass  # Pillow reads more, and explains better why it cannot
-    return _decode_with_pillow(data)
-
-
-def _decode_with_pillow(data: bytes) -> Tensor:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
-    except UnidentifiedImageError as error:  # its own message shows an address in memory
-        raise ImageDecodeError(f"the image does not decode ({len(data)} bytes of no known format)") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ImageDecodeError(f"the image does not decode ({error})") from error
-    return _over_white(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-
-
-def _over_white(image: Tensor) -> Tensor:
-    """Maps (1 to 4, H, W) uint8, grey or RGB with or without alpha, to (3, H, W)."""
-    color, alpha = (image[:-1], image[-1:]) if len(image) in (2, 4) else (image, None)
-    if alpha is not None:
-        a = alpha.float() / 255
-        color = (color.float() * a + 255 * (1 - a)).round_().to(torch.uint8)
-    return color if len(color) == 3 else color.expand(3, -1, -1).contiguous()
 
 
 class ImageTextDataset(Dataset[ImageTextSample], ABC):

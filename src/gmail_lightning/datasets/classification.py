@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import numpy as np
 
 from gmail_lightning.datasets.base import DataError, ModalityName
 from gmail_lightning.datasets.ids import stable_ids
-from gmail_lightning.datasets.image_folder import ClassImages, given_names
+from gmail_lightning.datasets.image_folder import ClassImages, class_folders, given_names, images_below, listed
 from gmail_lightning.datasets.protocols import CLASS_PROTOCOLS, compare_counts
 from gmail_lightning.transforms.text import prompt_class_names, prompt_templates
 
@@ -36,6 +37,7 @@ class ClassificationDataset(ClassImages):
         modality: ``real``, or ``generated`` where the folder holds generated images in the same layout.
         class_names: Other names than the published ones; see ``ImageFolder``.
         check_counts: Whether classes and images must be as many as published.
+        space: As in ``ImageFolder``.
 
     Raises:
         DataError: If files are missing, a class has no published name, or the counts differ.
@@ -50,6 +52,7 @@ class ClassificationDataset(ClassImages):
         modality: ModalityName = "real",
         class_names: list[str] | dict[str, str] | str | Path | None = None,
         check_counts: bool = True,
+        space: str = "",
     ) -> None:
         if name not in CLASS_PROTOCOLS:
             raise ValueError(f"Unknown set {name!r}. Known: {', '.join(CLASS_PROTOCOLS)}.")
@@ -61,7 +64,7 @@ class ClassificationDataset(ClassImages):
         place = self.root / protocol.folder
         note = f" ({protocol.note})" if protocol.note else ""
         try:
-            paths, label, classes = _read(name, self.root, split)
+            paths, label, classes, left_out = _read(name, self.root, split)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise DataError(f"{place}: not {name} as torchvision reads it: {error}. Unpack it there{note}.") from error
         files = [path.relative_to(self.root).as_posix() for path in paths]
@@ -75,13 +78,12 @@ class ClassificationDataset(ClassImages):
         order = sorted(range(len(files)), key=files.__getitem__)  # torchvision's may be that of the file system
         self.class_names = given_names(place, classes, class_names) or published_names(name, classes)
         self.templates = prompt_templates(name)
-        self.set_rows([files[i] for i in order], [label[i] for i in order], modality)
-        self.image_id = stable_ids(f"{modality}/{file}" for file in self._files)
+        self.set_rows([files[i] for i in order], [label[i] for i in order], modality, space)
         self.split = "train" if split in ("train", "trainval") else split
         self.summary = (
             f"{place}: {'protocol' if check_counts else 'not checked against protocol'} {name}, split {split}{note}: "
             f"{len(classes):,} classes, {len(files):,} images, {len(self.templates)} prompts; CLIP reports "
-            f"{protocol.metric}."
+            f"{protocol.metric}{'; ' * bool(left_out)}{left_out}."
         )
 
 
@@ -130,8 +132,19 @@ def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _read(name: str, root: Path, split: str) -> tuple[list[Path], list[int], list[str]]:
-    """Files, labels and classes, out of torchvision's data sets; without decoding, their columns are private there."""
+def _read(name: str, root: Path, split: str) -> tuple[list[Path], list[int], list[str], str]:
+    """Files, labels, classes and what was left out; from torchvision's data sets where lists name the files.
+
+    Without decoding, their columns are private there.
+    """
+    if name in BY_FOLDER:
+        folder = root / (f"imagenet/{split}" if name == "imagenet" else CLASS_PROTOCOLS[name].folder)
+        found = class_folders(folder)
+        paths = [folder / file for file in found.files]
+        keep = _caltech101_split(paths, found.label, split) if name == "caltech101" else range(len(paths))
+        return [paths[i] for i in keep], [found.label[i] for i in keep], found.folders, found.left_out
+    if name == "sun397":
+        return _sun397(root / "SUN397", split)
     from torchvision import datasets
 
     data: Any
@@ -143,34 +156,31 @@ def _read(name: str, root: Path, split: str) -> tuple[list[Path], list[int], lis
         data = datasets.Food101(root, split)
     elif name == "oxford_pets":
         data = datasets.OxfordIIITPet(root, split)
-        return data._images, data._labels, data.classes
+        return data._images, data._labels, data.classes, ""
     elif name == "stanford_cars":
         if find_spec("scipy") is None:
             raise ModuleNotFoundError("Stanford Cars lists its images in .mat files: install scipy to read them.")
         data = datasets.StanfordCars(root, split)
-        return [Path(path) for path, _ in data._samples], [int(i) for _, i in data._samples], data.classes
-    elif name == "sun397":
-        data = datasets.SUN397(root)
-        return _sun397_split(root / "SUN397", split, data)
-    else:
-        folder = root / (f"imagenet/{split}" if name == "imagenet" else CLASS_PROTOCOLS[name].folder)
-        data = datasets.ImageFolder(folder)
-        paths, label = [Path(path) for path, _ in data.samples], [i for _, i in data.samples]
-        keep = _caltech101_split(paths, label, split) if name == "caltech101" else range(len(paths))
-        return [paths[i] for i in keep], [label[i] for i in keep], data.classes
-    return [Path(path) for path in data._image_files], data._labels, data.classes
+        return [Path(path) for path, _ in data._samples], [int(i) for _, i in data._samples], data.classes, ""
+    return [Path(path) for path in data._image_files], data._labels, data.classes, ""
 
 
-def _sun397_split(folder: Path, split: str, data: Any) -> tuple[list[Path], list[int], list[str]]:
+def _sun397(folder: Path, split: str) -> tuple[list[Path], list[int], list[str], str]:
+    """Not by torchvision, which does not follow links, and reads hidden folders."""
+    classes = [line[3:].strip() for line in (folder / "ClassName.txt").read_text().splitlines()]
+    left_out: Counter[str] = Counter()
     if split == "all":
-        return data._image_files, data._labels, data.classes
-    lines = (folder / SUN397_LISTS[split]).read_text().split()
-    label = dict(zip(data._image_files, data._labels, strict=True))
-    paths = [folder / line.lstrip("/") for line in lines]
-    missing = [path for path in paths if path not in label]
-    if missing:
-        raise FileNotFoundError(f"{len(missing)} images of the list are missing, the first is {missing[0]}")
-    return paths, [label[path] for path in paths], data.classes
+        files = images_below(folder, left_out)
+    else:
+        files = [line.lstrip("/") for line in (folder / SUN397_LISTS[split]).read_text().split()]
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} images of the list are missing, the first is {folder / missing[0]}"
+            )
+    number = {name: i for i, name in enumerate(classes)}
+    label = [number["/".join(Path(file).parts[1:-1])] for file in files]
+    return [folder / file for file in files], label, classes, listed(left_out)
 
 
 def _caltech101_split(paths: list[Path], label: list[int], split: str) -> list[int]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -16,9 +19,9 @@ from gmail_lightning.datasets.base import (
     constant_modality,
     decode_image,
     folder_space,
+    own_pair_ids,
 )
-from gmail_lightning.datasets.ids import file_ids
-from gmail_lightning.transforms.image import SUFFIXES
+from gmail_lightning.datasets.ids import file_ids, is_image_name
 from gmail_lightning.transforms.text import fill, given_templates
 
 
@@ -35,12 +38,13 @@ class ClassImages(ImageTextDataset):
     templates: list[str]
     label: np.ndarray
 
-    def set_rows(self, files: list[str], label: Sequence[int], modality: ModalityName) -> None:
-        """Sets the columns but for ``image_id``."""
+    def set_rows(self, files: list[str], label: Sequence[int], modality: ModalityName, space: str) -> None:
+        """Sets the columns; ids are of ``space``, see :func:`~gmail_lightning.datasets.ids.file_ids`."""
         self._files = files
         self.label = np.array(label, dtype=np.int64)
-        self.pair_id = np.full(len(files), -1)
         self.modality = constant_modality(modality, len(files))
+        self.image_id = file_ids(self.root, files, space)
+        self.pair_id = own_pair_ids(self)
         self.place = folder_space(self.root) if modality == "generated" else ""
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
@@ -59,6 +63,9 @@ class ClassImages(ImageTextDataset):
 class ImageFolder(ClassImages):
     """``ROOT/CLASS/**/*.jpg`` and the like; the label is the number of the class, captions are prompts with its name.
 
+    Links to folders are followed. Hidden files and folders are left out, and so is what no suffix that Pillow reads
+    marks as an image; ``summary`` counts it.
+
     Args:
         root: Folder of the class folders, numbered in alphabetical order.
         modality: ``real`` or ``generated``.
@@ -67,9 +74,12 @@ class ImageFolder(ClassImages):
             the folders' names, with spaces for underscores.
         templates: The prompts, one or several with ``{}`` for the class, or the name of a published set of them, such
             as ``imagenet`` (:func:`~gmail_lightning.transforms.text.prompt_templates`).
+        space: With a name, images are known by it and by their paths below ``root``, otherwise by the name of the file
+            and the first image of its folder (:mod:`gmail_lightning.datasets.ids`).
 
     Raises:
-        DataError: If there is no such folder, no class folder, a class without images, or a folder without a name.
+        DataError: If there is no such folder, no class folder, a class without images, a folder without a name, or one
+            that cannot be listed.
         ValueError: If a template has no ``{}``, or no set of them has this name.
     """
 
@@ -79,28 +89,109 @@ class ImageFolder(ClassImages):
         modality: ModalityName = "real",
         class_names: list[str] | dict[str, str] | str | Path | None = None,
         templates: str | list[str] = "a photo of a {}.",
+        space: str = "",
     ) -> None:
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise DataError(f"{root}: no such folder. Check the path.")
-        folders = sorted(path.name for path in self.root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if not folders:
-            raise DataError(f"{root}: no class folders. Put the images of each class into a folder of its name.")
-        self.class_names = given_names(self.root, folders, class_names) or [
-            folder.replace("_", " ") for folder in folders
+        found = class_folders(self.root)
+        self.class_names = given_names(self.root, found.folders, class_names) or [
+            folder.replace("_", " ") for folder in found.folders
         ]
         self.templates = given_templates(templates)
-        all_files: list[str] = []
-        label: list[int] = []
-        for number, folder in enumerate(folders):
-            paths = (self.root / folder).rglob("*")
-            files = sorted(p.relative_to(self.root).as_posix() for p in paths if p.suffix.lower() in SUFFIXES)
-            if not files:
-                raise DataError(f"{self.root / folder}: no images ({', '.join(sorted(SUFFIXES))}). Remove the folder.")
-            all_files += files
-            label += [number] * len(files)
-        self.set_rows(all_files, label, modality)
-        self.image_id = file_ids(self.root, all_files)
+        self.set_rows(found.files, found.label, modality, space)
+        if found.left_out:
+            self.summary = f"{root}: {len(self):,} images of {len(self.class_names):,} classes; {found.left_out}."
+
+
+class ClassFolders(NamedTuple):
+    """What lies in a folder of class folders.
+
+    Attributes:
+        folders: Names of the class folders, in alphabetical order.
+        files: Paths of the images below the folder, class by class, in alphabetical order.
+        label: Number of the class folder of each image.
+        left_out: How much of what was left out, for a summary; empty where nothing was.
+    """
+
+    folders: list[str]
+    files: list[str]
+    label: list[int]
+    left_out: str
+
+
+def class_folders(root: Path) -> ClassFolders:
+    """Lists the images of one folder per class; links are followed, what is hidden is left out.
+
+    Raises:
+        DataError: If there is no such folder, no class folder, a class without images, or a folder cannot be listed.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder. Check the path.")
+    left_out: Counter[str] = Counter()
+    entries = _visible(root, left_out)
+    left_out.update(_kind(entry.name) for entry in entries if not entry.is_dir())
+    folders = sorted(entry.name for entry in entries if entry.is_dir())
+    if not folders:
+        raise DataError(f"{root}: no class folders. Put the images of each class into a folder of its name.")
+    files: list[str] = []
+    label: list[int] = []
+    for number, folder in enumerate(folders):
+        left_out_here: Counter[str] = Counter()
+        below = images_below(root / folder, left_out_here, (os.path.realpath(root),))
+        if not below:
+            seen = listed(left_out_here) or "it is empty"
+            raise DataError(f"{root / folder}: no images of a format that Pillow reads ({seen}). Remove the folder.")
+        left_out += left_out_here
+        files += [f"{folder}/{file}" for file in below]
+        label += [number] * len(below)
+    return ClassFolders(folders, files, label, listed(left_out))
+
+
+def images_below(folder: Path, left_out: Counter[str], above: tuple[str, ...] = ()) -> list[str]:
+    """Returns the paths of the images below a folder, in alphabetical order.
+
+    Links are followed, but for those to a folder that they are in; what is hidden is left out.
+
+    Args:
+        folder: Where to look.
+        left_out: Counts what is left out, by kind.
+        above: Real paths of the folders around it.
+
+    Raises:
+        DataError: If a folder cannot be listed.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        left_out["linked to a folder around it"] += 1
+        return []
+    files: list[str] = []
+    for entry in _visible(folder, left_out):
+        if entry.is_dir():
+            below = images_below(folder / entry.name, left_out, (*above, here))
+            files += [f"{entry.name}/{file}" for file in below]
+        elif is_image_name(entry.name):
+            files.append(entry.name)
+        else:
+            left_out[_kind(entry.name)] += 1
+    return sorted(files)
+
+
+def _visible(folder: Path, left_out: Counter[str]) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            found = list(entries)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}). Check its permissions.") from error
+    left_out.update("hidden" for entry in found if entry.name.startswith("."))
+    return [entry for entry in found if not entry.name.startswith(".")]
+
+
+def _kind(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without a suffix"
+
+
+def listed(left_out: Counter[str]) -> str:
+    """Returns how much was left out, for a summary; empty where nothing was."""
+    return "left out: " + ", ".join(f"{n:,} {kind}" for kind, n in sorted(left_out.items())) if left_out else ""
 
 
 def given_names(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from gmail_lightning.datasets.base import DataError, ModalityName
 from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows, caption_table
+from gmail_lightning.datasets.ids import is_image_name
 from gmail_lightning.datasets.parsed import read_once
 
 VALIDATION_ENTRIES = 1_000
@@ -88,8 +89,11 @@ class Urban1k(CaptionRows):
         for folder in (self.annotations, self.image_root):
             if not folder.is_dir():
                 raise DataError(f"{folder}: no such folder. Urban1k has image/NAME.jpg and caption/NAME.txt.")
-        captions = {path.stem: path for path in sorted(self.annotations.glob("*.txt"))}
-        images = {path.stem: path for path in sorted(self.image_root.glob("*.jpg"))}
+        texts = [path for path in sorted(self.annotations.glob("*.txt")) if not path.name.startswith(".")]
+        pictures = [path for path in sorted(self.image_root.iterdir()) if is_image_name(path.name)]
+        captions, images = {path.stem: path for path in texts}, {path.stem: path for path in pictures}
+        if twin := next((path for path in pictures if images[path.stem] != path), None):
+            raise DataError(f"{twin} and {images[twin.stem].name}: two images for one caption. Remove one.")
         for what, lonely, other in (
             ("captions have no image", captions.keys() - images.keys(), self.image_root),
             ("images have no caption", images.keys() - captions.keys(), self.annotations),
