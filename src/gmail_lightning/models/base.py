@@ -111,6 +111,13 @@ class DualEncoder(ImageEncoder):
         """Scalar factor of the cosine similarities, already exponentiated."""
 
     @property
+    def log_scale(self) -> nn.Parameter | None:
+        """The parameter whose exponential is ``logit_scale``, which training caps; None where there is none."""
+        scale = self.logit_scale.detach().squeeze()
+        scalars = (p for p in self.parameters() if p.numel() == 1)
+        return next((p for p in scalars if torch.equal(p.detach().exp().squeeze(), scale)), None)
+
+    @property
     def logit_bias(self) -> Tensor | None:
         """Scalar added to the scaled similarities (SigLIP), or None."""
         return None

@@ -224,6 +224,11 @@ class ModalityEncoder(DualEncoder):
         return self._dual.logit_scale
 
     @property
+    def log_scale(self) -> nn.Parameter | None:
+        """As the plain encoder's."""
+        return self._dual.log_scale
+
+    @property
     def logit_bias(self) -> Tensor | None:
         """As the plain encoder's."""
         return self._dual.logit_bias

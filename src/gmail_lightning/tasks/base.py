@@ -262,6 +262,20 @@ class BaseTask(SmallCheckpoints, ABC):
             # The metric has already been reduced over ranks.
             self.log_dict({f"{key}/{k}": v for k, v in values.items()}, batch_size=1)
 
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Steps, then brings parameters that have a bound back to it."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.after_step()
+
+    def after_step(self) -> None:
+        """Called after every optimisation step: where a parameter must stay within a range, it is put back here."""
+
     def on_after_backward(self) -> None:
         """After the first backward, names trainable tensors that no loss reaches: DDP would hang or drop them."""
         if self._gradients_checked:
