@@ -125,8 +125,8 @@ class ZeroShotClassificationTask(ClassificationTask):
         text_targets: Roles of its adapted matrices, of ``q k v out fc1 fc2``.
         train_adapters: Train the adapters of the generated branch further, too.
         templates: Prompts in place of those of the data sets: the name of a published set, one template, or several.
-        max_logit_scale: Cap of a trained logit scale (CLIP, section 2.5), held after every step. That of an encoder with
-            a logit bias (SigLIP) has none.
+        max_logit_scale: Cap of a trained logit scale (CLIP, section 2.5), held after every step. That of an encoder
+            with a logit bias (SigLIP) has none.
         chunk_size: Encode images and prompts in chunks of this many, with the exact gradients of one batch.
         optimizer: See ``BaseTask``.
         scheduler: See ``BaseTask``.

@@ -38,8 +38,8 @@ class RetrievalTask(BaseTask):
         text_rank: Rank of LoRA in the text tower.
         text_targets: Roles of its adapted matrices, of ``q k v out fc1 fc2``.
         train_adapters: Train the adapters of the generated branch further, too.
-        max_logit_scale: Cap of a trained logit scale (CLIP, section 2.5), held after every step. That of an encoder with
-            a logit bias (SigLIP) has none.
+        max_logit_scale: Cap of a trained logit scale (CLIP, section 2.5), held after every step. That of an encoder
+            with a logit bias (SigLIP) has none.
         image_weight: Weight of the contrast between the two images of a pair, in both directions at the same scale
             (as SLIP, arXiv 2112.12750, contrasts two views); needs ``mode: paired``.
         contrastive_chunk_size: Encode the batch in chunks of this many rows, with the exact gradients of one batch.
