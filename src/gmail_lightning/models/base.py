@@ -167,6 +167,9 @@ class Captioner(nn.Module, ABC):
     image_dim: int | None = None
     #: Captions that were cut in training so far, on this process.
     truncated: int = 0
+    #: Tokens that the last ``loss`` is a mean over, as ``losses.counted_tokens``; ``loss`` sets it, for accumulated
+    #: gradients.
+    tokens: Tensor | None = None
     #: Arguments of the constructor that name files to begin with, which the task's checkpoint replaces.
     initial_files: tuple[str, ...] = ()
 
