@@ -81,6 +81,11 @@ class ImageEncoder(nn.Module, ABC):
         """The model whose state dict a merged export holds: the encoder itself, unless it wraps one."""
         return self
 
+    @property
+    def plain(self) -> ImageEncoder:
+        """The encoder itself; of one that routes modalities the encoder that it routes."""
+        return self
+
     def image_tokens(self, image: Tensor, layer: int = -2) -> Tensor:
         """Maps pixels to the hidden states of one block, shape (B, T, W); ``layer=-1`` is the last block.
 

@@ -176,6 +176,11 @@ class ModalityEncoder(DualEncoder):
         return self.encoder.embed_dim
 
     @property
+    def plain(self) -> ImageEncoder:
+        """The plain encoder."""
+        return self.encoder
+
+    @property
     def wrapped(self) -> nn.Module:
         """As the plain encoder's."""
         return self.encoder.wrapped

@@ -124,6 +124,7 @@ class BaseTask(SmallCheckpoints, ABC):
 
     def setup(self, stage: str) -> None:
         """Refuses settings that would train silently wrong, and builds the metrics of the evaluation sets."""
+        super().setup(stage)
         trainer = self.trainer
         schedules = [c.scheduling for c in cast(Any, trainer).callbacks if isinstance(c, GradientAccumulationScheduler)]
         accumulate = max([trainer.accumulate_grad_batches, *(max(s.values()) for s in schedules)])
