@@ -174,7 +174,7 @@ def replaced(tensor: torch.Tensor, how: str) -> torch.Tensor:
     if how == "reversed" and len(tensor.unique()) > 1:
         return tensor.flatten().flip(0).view(tensor.shape)
     if tensor.numel() == 1:  # a scale or a bias
-        return tensor * 1.05
+        return tensor + 0.5
     deviation = float(tensor.std(correction=0)) or 0.05  # of ones and zeros: what a training makes of them
     noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3))
     return float(tensor.mean()) + deviation * noise
@@ -292,6 +292,8 @@ def test_a_fingerprint_of_an_earlier_release_proves_nothing(tiny) -> None:
     value = fingerprint(tiny())
     old = {name: value[name] for name in ("activation", "mean", "std", "towers", "weights")}
     assert "is of an earlier release" in fingerprint_difference(old, value)
+    shorter = {name: statistics[:3] for name, statistics in value["weights"].items()}
+    assert "is of an earlier release" in fingerprint_difference({**value, "weights": shorter}, value)
 
 
 def test_the_probe_sees_what_no_tensor_shows(tiny) -> None:
@@ -306,7 +308,7 @@ def test_activation_and_pixels_count_and_values_are_plain(tiny) -> None:
     assert "activation 'gelu' against 'quick_gelu'" in fingerprint_difference(value, fingerprint(tiny("quick_gelu")))
     assert fingerprint_difference(value, {**value, "activation": "gelu_tanh"}) is None
     assert "pixel mean" in fingerprint_difference(value, {**value, "mean": [0.5, 0.5, 0.5]})
-    deeper = {**value, "weights": {**value["weights"], "image.2.q": [0.0, 1.0, 0.0]}}
+    deeper = {**value, "weights": {**value["weights"], "image.2.q": [0.0, 1.0, *[0.0] * 4]}}
     assert "1 tensors that only one of them has: image.2.q" in fingerprint_difference(value, deeper)
-    broken = {**value, "weights": {**value["weights"], "image.0.q": [float("nan"), 1.0, 0.0]}}
+    broken = {**value, "weights": {**value["weights"], "image.0.q": [float("nan"), 1.0, *[0.0] * 4]}}
     assert "image.0.q" in fingerprint_difference(value, broken)

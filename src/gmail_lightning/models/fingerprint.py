@@ -20,6 +20,7 @@ from gmail_lightning.models.tensor_names import stored_tensors
 TOLERANCE = 0.01
 SMALLEST = 1e-5  # root mean square; below it fp16 has few digits, and no feature depends on it
 STATISTICS = ("mean", "standard deviation", "wave 1", "wave 2", "wave 3", "wave 4")
+EARLIER = "is of an earlier release and covers some matrices only, which proves nothing. Run again what wrote it"
 PERIOD = 65521  # of the waves; a prime, so that no row length divides it
 #: What rounding to bf16 and another device leave of a feature: the smallest cosine, the largest change of the norm.
 COSINE, NORM = 0.999, 0.02
@@ -130,10 +131,7 @@ def fingerprint_difference(first: dict[str, Any], second: dict[str, Any]) -> str
     An image tower alone is compared with that of a dual encoder without the joint space, which it does not have.
     """
     if "trained" not in first or "trained" not in second:
-        return (
-            "their form: one is of an earlier release and covers some of the matrices only, so that it proves nothing. "
-            "Run again what wrote it"
-        )
+        return f"their form: one {EARLIER}"
     if _family(first["activation"]) != _family(second["activation"]):
         return f"activation {first['activation']!r} against {second['activation']!r}"
     for name in ("mean", "std"):
@@ -157,13 +155,16 @@ def fingerprint_difference(first: dict[str, Any], second: dict[str, Any]) -> str
 
 def weights_difference(first: dict[str, list[float]], second: dict[str, list[float]]) -> str | None:
     """Says in one sentence how the statistics of tensors differ beyond bf16 rounding; None if they do not."""
+    both = sorted(first.keys() & second.keys())
+    if short := [key for key in both if {len(first[key]), len(second[key])} != {len(STATISTICS)}]:
+        return f"the form of {short[0]}: one {EARLIER}"
     if first.keys() != second.keys():
         only = sorted(first.keys() ^ second.keys())
         return f"{len(only)} tensors that only one of them has: {', '.join(only[:6])}"
     differing = [
         (abs(a - b) / max(math.hypot(*first[key][:2]), math.hypot(*second[key][:2]), SMALLEST), key, name, a, b)
         for key in first
-        for name, a, b in zip(STATISTICS, first[key], second[key], strict=False)
+        for name, a, b in zip(STATISTICS, first[key], second[key], strict=True)
     ]
     beyond = [entry for entry in differing if not entry[0] <= TOLERANCE]
     if not beyond:
