@@ -121,6 +121,10 @@ def test_two_processes_align_and_validate_as_one(tmp_path: Path) -> None:
     assert 0 < metrics["accuracy"] < 1
     torch.testing.assert_close(two["metrics"], metrics, equal_nan=True)
     described = [torch.load(tmp_path / f"captions-{name}.pt") for name in ("1-0", "2-0", "2-1")]
+    one_step, *accumulated = described[0]["task"]["weights"], *(values.pop("accumulated") for values in described[1:])
+    for weights in accumulated:  # two ranks of two micro-batches each, of unequal numbers of tokens, are one batch
+        for name, value in one_step.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
     compare_captioners(*(values.pop("task") for values in described))
     compare_first_rank(*(values.pop("first rank") for values in described))
     compare_captions(*described)

@@ -70,6 +70,14 @@ class Few(EmojiDataset):
             setattr(self, name, getattr(self, name)[:size])
 
 
+class OneCaption(EmojiDataset):
+    """One caption of each drawing, so that none is drawn by its place in the batch."""
+
+    def captions(self, index: int) -> list[str]:
+        captions = super().captions(index)
+        return [captions[index % len(captions)]]
+
+
 class Noting(CaptioningTask):
     """Notes every row that is evaluated: its id, its name, its caption.
 
@@ -95,8 +103,11 @@ class Noting(CaptioningTask):
         self.noted = [*getattr(self, "noted", []), *rows]
 
 
-def describe(devices: int, folder: Path) -> dict[str, object]:
-    """Trains a captioner for two steps on both modalities and validates it on 13 and 6 images."""
+def describe(devices: int, folder: Path, accumulate: int = 1) -> dict[str, object]:
+    """Trains a captioner for two steps on both modalities and validates it on 13 and 6 images.
+
+    The 16 captions of a step, of unequal length, come in ``accumulate`` micro-batches.
+    """
     pl.seed_everything(1)
     captioner = ClipCap(16, language_model=GPT2, tokenizer="emoji", prefix_length=4)
     before = captioner.clip_project.model[0].weight.detach().clone()
@@ -104,15 +115,16 @@ def describe(devices: int, folder: Path) -> dict[str, object]:
     task = Noting(
         OpenCLIPEncoder(config=TINY, merges="emoji"), captioner, num_beams=2, max_new_tokens=6, optimizer=rate
     )
-    sets = [EmojiDataset(hand, "novel") for hand in ("noto", "fluent_flat")]
+    sets = [OneCaption(hand, "novel") for hand in ("noto", "fluent_flat")]
     alike = {"few": AllowedOverlap(["caption", "image_id", "pixels"], "the same drawings")}
     data = MixedModalityDataModule(
         sets, {"few": [Few("noto", 13), Few("fluent_flat", 6)]}, mode="mixture", generated_fraction=0.5,
-        batch_size=16 // devices, eval_batch_size=4, allow_overlap=alike,
+        batch_size=16 // devices // accumulate, eval_batch_size=4, allow_overlap=alike,
     )  # fmt: skip
     pl.Trainer(
         accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=2, max_epochs=-1,
-        val_check_interval=2, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False,
+        accumulate_grad_batches=accumulate, val_check_interval=2 * accumulate,
+        check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
     ).fit(task, data)  # fmt: skip
     weights = {name: p.detach() for name, p in captioner.named_parameters()}
@@ -231,6 +243,8 @@ def main(devices: int, folder: Path) -> None:
     captions = caption_values(torch.arange(11)[trainer.global_rank :: devices], folder)
     captions["first rank"] = first_rank_values(trainer.global_rank)
     captions["task"] = describe(devices, folder)
+    if devices > 1:
+        captions["accumulated"] = describe(devices, folder, accumulate=2)["weights"]
     torch.save(captions, folder / f"captions-{devices}-{trainer.global_rank}.pt")
     if trainer.is_global_zero:
         weights = {name: p.detach() for name, p in task.named_parameters() if p.requires_grad}

@@ -31,9 +31,8 @@ from gmail_lightning.datasets.feature_files import (
     write_part,
     write_record,
 )
-from gmail_lightning.models.fingerprint import fingerprint_difference
+from gmail_lightning.models.fingerprint import fingerprint_difference, probe_difference
 from gmail_lightning.tasks.embedding import EmbeddingTask
-from gmail_lightning.tasks.feature_record import probe_difference
 from gmail_lightning.types import Modality
 
 PART_BYTES = 2**26

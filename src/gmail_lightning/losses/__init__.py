@@ -1,7 +1,7 @@
 """Losses: functions of tensors, exact over all ranks; they normalise the features themselves."""
 
 from gmail_lightning.losses.alignment import alignment_loss
-from gmail_lightning.losses.captioning import caption_loss
+from gmail_lightning.losses.captioning import caption_loss, counted_tokens
 from gmail_lightning.losses.contrastive import clip_loss, sigmoid_loss
 from gmail_lightning.losses.diffusion import denoising_loss, min_snr_weight
 from gmail_lightning.losses.principal_components import principal_components
@@ -10,6 +10,7 @@ __all__ = [
     "alignment_loss",
     "caption_loss",
     "clip_loss",
+    "counted_tokens",
     "denoising_loss",
     "min_snr_weight",
     "principal_components",

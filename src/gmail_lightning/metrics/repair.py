@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gmail_lightning.metrics.retrieval import full_precision
+
 TIE = 1e-6  # similarities closer than this are equal
 
 
@@ -44,6 +46,14 @@ def rank_images(
     if min(num_candidates, num_captions, chunk_size) < 1:
         raise ValueError(f"{num_candidates=}, {num_captions=} and {chunk_size=} must be positive.")
     num_candidates, num_captions = min(num_candidates, len(images)), min(num_captions, len(texts))
+    with full_precision(images.device):
+        return _rank(images, texts, sentences, num_candidates, num_captions, chunk_size)
+
+
+def _rank(
+    images: Tensor, texts: Tensor, sentences: Tensor, num_candidates: int, num_captions: int, chunk_size: int
+) -> Repair:
+    """``rank_images`` of unit rows."""
     recalled = torch.cat([(part @ texts.T).topk(num_captions).indices for part in images.split(chunk_size)])  # (N, C)
     index, score = [], []
     for part, own in zip(texts.split(chunk_size), sentences.split(chunk_size), strict=True):

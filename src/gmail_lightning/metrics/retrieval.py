@@ -57,7 +57,7 @@ def image_text_recall(
         )
     owner = text_image_index.to(image_features.device, torch.int64)
     _check_owner(owner, len(image_features), len(text_features))
-    with _full_precision():
+    with full_precision(image_features.device):
         image_rank, text_ranks = _ranks(image_features, text_features, owner)
     ranks, images = image_rank.unique(return_counts=True)
     halves = torch.arange(len(text_ranks), device=ranks.device) / 2
@@ -91,12 +91,13 @@ def _blocks(features: Tensor, side: int) -> Iterator[slice]:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """Products in fp32, where the user lets those of training run in TF32 or bf16: their scores would reorder."""
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products in fp32, where those of training may run in TF32 or bf16: their scores would tie or reorder."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -81,6 +81,11 @@ class ImageEncoder(nn.Module, ABC):
         """The model whose state dict a merged export holds: the encoder itself, unless it wraps one."""
         return self
 
+    @property
+    def plain(self) -> ImageEncoder:
+        """The encoder itself; of one that routes modalities the encoder that it routes."""
+        return self
+
     def image_tokens(self, image: Tensor, layer: int = -2) -> Tensor:
         """Maps pixels to the hidden states of one block, shape (B, T, W); ``layer=-1`` is the last block.
 
@@ -109,6 +114,13 @@ class DualEncoder(ImageEncoder):
     @abstractmethod
     def logit_scale(self) -> Tensor:
         """Scalar factor of the cosine similarities, already exponentiated."""
+
+    @property
+    def log_scale(self) -> nn.Parameter | None:
+        """The parameter whose exponential is ``logit_scale``, which training caps; None where there is none."""
+        scale = self.logit_scale.detach().squeeze()
+        scalars = (p for p in self.parameters() if p.numel() == 1)
+        return next((p for p in scalars if torch.equal(p.detach().exp().squeeze(), scale)), None)
 
     @property
     def logit_bias(self) -> Tensor | None:
@@ -160,6 +172,9 @@ class Captioner(nn.Module, ABC):
     image_dim: int | None = None
     #: Captions that were cut in training so far, on this process.
     truncated: int = 0
+    #: Tokens that the last ``loss`` is a mean over, as ``losses.counted_tokens``; ``loss`` sets it, for accumulated
+    #: gradients.
+    tokens: Tensor | None = None
     #: Arguments of the constructor that name files to begin with, which the task's checkpoint replaces.
     initial_files: tuple[str, ...] = ()
 

@@ -84,6 +84,11 @@ class HFCLIPEncoder(DualEncoder):
         return cast(Tensor, self.model.logit_scale).exp().squeeze()
 
     @property
+    def log_scale(self) -> nn.Parameter:
+        """The model's parameter."""
+        return cast(nn.Parameter, self.model.logit_scale)
+
+    @property
     def logit_bias(self) -> Tensor | None:
         """Parameter of a SigLIP model, else None."""
         bias = getattr(self.model, "logit_bias", None)

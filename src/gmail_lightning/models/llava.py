@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gmail_lightning.losses.captioning import IGNORED, caption_loss, refuse_masked
+from gmail_lightning.losses.captioning import IGNORED, caption_loss, counted_tokens, refuse_masked
 from gmail_lightning.models.base import Captioner
 from gmail_lightning.models.chat import ImageChat
 from gmail_lightning.models.language_model import max_positions, written
@@ -176,8 +176,13 @@ class Llava(Captioner):
             use_cache=False,
         )
         labels = inputs.labels[:, first:].to(image_features.device)
+        self.tokens = counted_tokens(labels, weight)
         return caption_loss(
-            output.logits[:, -labels.shape[1] - 1 : -1], labels, weight=weight, label_smoothing=label_smoothing
+            output.logits[:, -labels.shape[1] - 1 : -1],
+            labels,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            tokens=self.tokens,
         )
 
     @torch.no_grad()

@@ -176,6 +176,11 @@ class ModalityEncoder(DualEncoder):
         return self.encoder.embed_dim
 
     @property
+    def plain(self) -> ImageEncoder:
+        """The plain encoder."""
+        return self.encoder
+
+    @property
     def wrapped(self) -> nn.Module:
         """As the plain encoder's."""
         return self.encoder.wrapped
@@ -222,6 +227,11 @@ class ModalityEncoder(DualEncoder):
     def logit_scale(self) -> Tensor:
         """As the plain encoder's."""
         return self._dual.logit_scale
+
+    @property
+    def log_scale(self) -> nn.Parameter | None:
+        """As the plain encoder's."""
+        return self._dual.log_scale
 
     @property
     def logit_bias(self) -> Tensor | None:

@@ -140,6 +140,11 @@ class OpenCLIPEncoder(DualEncoder):
         return cast(Tensor, self.model.logit_scale).exp().squeeze()
 
     @property
+    def log_scale(self) -> nn.Parameter:
+        """The model's parameter."""
+        return cast(nn.Parameter, self.model.logit_scale)
+
+    @property
     def logit_bias(self) -> Tensor | None:
         """Parameter of a SigLIP model, else None."""
         bias = cast(Tensor | None, self.model.logit_bias)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmail_lightning.losses.captioning import caption_loss, refuse_masked
+from gmail_lightning.losses.captioning import caption_loss, counted_tokens, refuse_masked
 from gmail_lightning.models.base import Captioner
 from gmail_lightning.models.language_model import build_language_model, caption_labels, max_positions, written
 
@@ -223,7 +223,10 @@ class ClipCap(Captioner):
         seen = F.pad(labels >= 0, (self.prefix_length, 0), value=True)
         keep = labels.shape[1] + 1
         output = self.gpt(inputs_embeds=inputs, attention_mask=seen.long(), logits_to_keep=keep, use_cache=False)
-        return caption_loss(output.logits[:, -keep:-1], labels, weight=weight, label_smoothing=label_smoothing)
+        self.tokens = counted_tokens(labels, weight)
+        return caption_loss(
+            output.logits[:, -keep:-1], labels, weight=weight, label_smoothing=label_smoothing, tokens=self.tokens
+        )
 
     @torch.no_grad()
     def generate(

@@ -20,6 +20,8 @@ from gmail_lightning.tasks.base import BaseTask, in_chunks, paired_rows
 from gmail_lightning.tasks.retrieval import update_recall
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
+LOWEST_TEMPERATURE = 0.01  # of a learned one: logits of at most 100, as CLIP caps its scale
+
 
 class AlignmentTask(BaseTask):
     """Trains LoRA on an image tower so that generated images land where the frozen tower puts their real partners.
@@ -36,7 +38,8 @@ class AlignmentTask(BaseTask):
         projection: A linear map on the generated side, from the identity; the other two real paths always have both.
         loss: ``info_nce`` (Eq. 1) or ``sigmoid`` (SigLIP form).
         temperature: Divides the cosine similarities.
-        learnable_temperature: Train the temperature (and the bias of the sigmoid form) with the adapters.
+        learnable_temperature: Train the temperature (and the bias of the sigmoid form) with the adapters. That of
+            ``info_nce`` is held at 0.01 or above after every step, as CLIP caps its scale.
         symmetric: Add the real-to-generated direction of InfoNCE.
         alignment_weight: Weight of the alignment term; 0 with a text weight is LoRA without alignment.
         cosine_weight: Weight of 1 - paired cosine, which has no negatives. It holds the generated cloud in place, where
@@ -58,7 +61,7 @@ class AlignmentTask(BaseTask):
 
     Raises:
         ValueError: If no term has a weight, a text term meets an encoder without text tower or a frozen real path, or
-            ``patch_layer`` is no block of the tower.
+            ``patch_layer`` is no block of the tower; if the temperature is not positive, or a learnable one below 0.01.
     """
 
     batch_contrastive = True
@@ -104,8 +107,13 @@ class AlignmentTask(BaseTask):
             raise ValueError(f"{type(encoder).__name__} has no text tower: set the text weights to 0.")
         if real_text_weight and real_path == "frozen":
             raise ValueError("real_text_weight needs real_path: projected or adapted; a frozen real path cannot train.")
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature} must be positive.")
+        if learnable_temperature and loss == "info_nce" and temperature < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature={temperature}: a learnable one is held at {LOWEST_TEMPERATURE} or above. Give such a "
+                "one, or learnable_temperature: false."
+            )
         if symmetric and loss != "info_nce":
             raise ValueError("symmetric=True belongs to loss: info_nce; the sigmoid form is symmetric as it is.")
         self.encoder = ModalityEncoder(
@@ -176,10 +184,17 @@ class AlignmentTask(BaseTask):
         return in_chunks(encode, batch["image"], batch["modality"], chunk_size=chunk_size)
 
     def _alignment(self, generated: Tensor, real: Tensor, ids: Tensor) -> Tensor:
-        temperature = self.log_temperature.exp().clamp(min=0.01)  # logits of at most 100, as CLIP caps its scale
+        temperature = self.log_temperature.exp()
         if self.loss == "sigmoid":
             return sigmoid_loss(generated, real, 1.0 / temperature, self.bias, ids=ids)
         return alignment_loss(generated, real, temperature=temperature, ids=ids, symmetric=self.symmetric)
+
+    def after_step(self) -> None:
+        """Holds a learned temperature where CLIP's cap of the scale would; SigLIP's has none."""
+        super().after_step()
+        if self.log_temperature.requires_grad and self.loss == "info_nce":
+            with torch.no_grad():
+                self.log_temperature.clamp_(min=math.log(LOWEST_TEMPERATURE))
 
     def _text_term(self, image_features: Tensor, text: Tensor, ids: Tensor) -> Tensor:
         with torch.no_grad():

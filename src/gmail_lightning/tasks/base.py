@@ -124,6 +124,7 @@ class BaseTask(SmallCheckpoints, ABC):
 
     def setup(self, stage: str) -> None:
         """Refuses settings that would train silently wrong, and builds the metrics of the evaluation sets."""
+        super().setup(stage)
         trainer = self.trainer
         schedules = [c.scheduling for c in cast(Any, trainer).callbacks if isinstance(c, GradientAccumulationScheduler)]
         accumulate = max([trainer.accumulate_grad_batches, *(max(s.values()) for s in schedules)])
@@ -261,6 +262,20 @@ class BaseTask(SmallCheckpoints, ABC):
             self.results[key.removeprefix(f"{stage}/")] = {k: float(v) for k, v in values.items()}
             # The metric has already been reduced over ranks.
             self.log_dict({f"{key}/{k}": v for k, v in values.items()}, batch_size=1)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Steps, then brings parameters that have a bound back to it."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.after_step()
+
+    def after_step(self) -> None:
+        """Called after every optimisation step: where a parameter must stay within a range, it is put back here."""
 
     def on_after_backward(self) -> None:
         """After the first backward, names trainable tensors that no loss reaches: DDP would hang or drop them."""

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from gmail_lightning.metrics import CaptionStatistics, CocoCaptionScore, MultipleChoice
@@ -20,6 +21,7 @@ from gmail_lightning.metrics.captioning import JAVA_METRICS
 from gmail_lightning.models import Captioner, DualEncoder, ImageEncoder, ModalityEncoder
 from gmail_lightning.models.fingerprint import frozen_weights, weights_difference
 from gmail_lightning.models.second_stage import block_number, freeze_behind, second_stage
+from gmail_lightning.tasks.accumulation import TokenMean
 from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
@@ -31,8 +33,10 @@ class CaptioningTask(BaseTask):
 
     The step of GMAIL (arXiv 2602.15368) that follows the alignment: the captioner reads generated images through the
     aligned branch, and real images through the frozen one. Both towers stay as they are. Rows count by their ``weight``
-    where a data set has weights (``ManifestDataset``, ``TarShards``). Evaluation writes captions by beam search and
-    scores those of real and, as ``generated_...``, of generated images apart.
+    where a data set has weights (``ManifestDataset``, ``TarShards``). A step is the mean over all its tokens, those of
+    all ranks and of all micro-batches of ``accumulate_grad_batches``: 8 devices and 8 micro-batches come to the same.
+    Evaluation writes captions by beam search and scores those of real and, as ``generated_...``, of generated images
+    apart.
 
     Args:
         encoder: The plain encoder.
@@ -105,6 +109,7 @@ class CaptioningTask(BaseTask):
         self.score_names, self.min_unique_captions = list(metrics), min_unique_captions
         self.java_timeout, self.train_adapters = java_timeout, train_adapters
         self.num_beams, self.max_new_tokens, self.length_penalty = num_beams, max_new_tokens, length_penalty
+        self._accumulated = TokenMean()
         #: Captions of the last evaluation batch, one per row: what the callbacks show.
         self.captions: list[str] = []
         #: By evaluation set, what could not be computed and why.
@@ -144,6 +149,7 @@ class CaptioningTask(BaseTask):
     def on_fit_start(self) -> None:
         """Switches the captioner's dropout on: models of Hugging Face come in eval mode, and Lightning keeps modes."""
         super().on_fit_start()
+        self._accumulated = TokenMean()
         self.captioner.train()
 
     def encode_pixels(self, image: Tensor, modality: Tensor) -> Tensor:
@@ -171,6 +177,25 @@ class CaptioningTask(BaseTask):
             loss = loss + 0.0 * sum(p.sum() for _, p in self.encoder.image_adapters() if p.requires_grad)
         cut = self.captioner.truncated
         return {"loss": loss, **({"truncated": torch.tensor(float(cut))} if cut else {})}
+
+    def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
+        """One micro-batch; where gradients accumulate it counts by its tokens, as in one batch of them all."""
+        self.captioner.tokens = None
+        loss = super().training_step(batch, batch_idx)
+        if self.trainer.accumulate_grad_batches == 1:
+            return loss
+        if self.captioner.tokens is None:
+            raise MisconfigurationException(
+                f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} needs to know the tokens of every "
+                f"micro-batch, and {type(self.captioner).__name__}.loss does not set self.tokens: set it to "
+                "losses.counted_tokens(labels, weight)."
+            )
+        return self._accumulated.weigh(loss, self.captioner.tokens)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Brings accumulated gradients to the mean over all their tokens, before they are clipped."""
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        self._accumulated.divide(parameters, self.trainer.accumulate_grad_batches)
 
     def write(self, batch: ImageTextBatch) -> list[str]:
         """Captions of a batch, one per row."""

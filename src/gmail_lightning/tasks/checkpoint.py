@@ -11,9 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 
-from gmail_lightning.models.base import ROLES, DualEncoder, ImageEncoder, Tower
+from gmail_lightning.models.base import ImageEncoder
 from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
-from gmail_lightning.models.lora import plain_parameter
 from gmail_lightning.models.modality import ModalityEncoder, is_adapter_key
 
 PLAIN = (str, int, float, bool, type(None))
@@ -31,6 +30,11 @@ class SmallCheckpoints(LightningModule):
     """Keeps trainable tensors, adapters and projections, and the fingerprint of the frozen encoder they belong to."""
 
     encoder: ImageEncoder
+    _base: tuple[frozenset[str], dict[str, Any]] | None = None  # what trained, and the fingerprint of the rest
+
+    def setup(self, stage: str) -> None:
+        """Forgets the fingerprint of an earlier run."""
+        self._base = None
 
     def record_hyperparameters(self) -> None:
         """Call it first in a constructor, after ``super().__init__()``: saves the arguments of that constructor.
@@ -63,18 +67,15 @@ class SmallCheckpoints(LightningModule):
             for name, _ in module.named_buffers(recurse=False)
         }
 
-    def _frozen_towers(self) -> list[Tower]:
-        """Towers of the encoder whose stored matrices do not train: what the checkpoint leans on."""
-        towers: list[Tower] = ["image", "text"] if isinstance(self.encoder, DualEncoder) else ["image"]
-        targets = {tower: self.encoder.lora_targets(ROLES, tower) for tower in towers if self._has_tower(tower)}
-        return [
-            tower
-            for tower, found in targets.items()
-            if found and not any(plain_parameter(t.module, t.parameter).requires_grad for t in found)
-        ]
-
-    def _has_tower(self, tower: Tower) -> bool:
-        return tower == "image" or not isinstance(self.encoder, ModalityEncoder) or self.encoder.has_text
+    def _frozen_base(self, kept: set[str]) -> dict[str, Any] | None:
+        """Fingerprint of what the encoder has frozen and the checkpoint leans on; computed once, it does not change."""
+        if getattr(self, "encoder", None) is None:
+            return None
+        own = frozenset(key.removeprefix("encoder.") for key in kept if key.startswith("encoder."))
+        if self._base is None or self._base[0] != own:
+            self._base = own, fingerprint(self.encoder, ("image", "text"), own)
+        base = self._base[1]
+        return base if base["weights"] else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops frozen tensors and adds the fingerprint of the encoder they belong to."""
@@ -83,9 +84,9 @@ class SmallCheckpoints(LightningModule):
         settings = checkpoint.get("hyper_parameters", {})
         if isinstance(settings.get("aligned"), str) and isinstance(self.encoder, ModalityEncoder):
             settings["aligned"] = self.encoder.settings  # the adapters themselves are in the state
-        towers = self._frozen_towers()
-        if towers:
-            checkpoint["base_fingerprint"] = fingerprint(self.encoder, towers)
+        base = self._frozen_base(kept)
+        if base is not None:
+            checkpoint["base_fingerprint"] = base
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module``'s; frozen tensors are not in a checkpoint and so not reported as missing."""

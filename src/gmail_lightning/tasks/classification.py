@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from gmail_lightning.metrics import ZeroShotAccuracy
+from gmail_lightning.metrics.retrieval import full_precision
 from gmail_lightning.models import DualEncoder, ModalityEncoder
 from gmail_lightning.models.second_stage import second_stage
 from gmail_lightning.tasks.base import BaseTask, in_chunks
+from gmail_lightning.tasks.logit_scale import CAP, capped_scale, check_cap, hold_cap
 from gmail_lightning.transforms.text import fill, given_templates
 from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality
 
@@ -123,14 +125,16 @@ class ZeroShotClassificationTask(ClassificationTask):
         text_targets: Roles of its adapted matrices, of ``q k v out fc1 fc2``.
         train_adapters: Train the adapters of the generated branch further, too.
         templates: Prompts in place of those of the data sets: the name of a published set, one template, or several.
-        max_logit_scale: Cap of the logit scale in the loss (CLIP, section 2.5).
+        max_logit_scale: Cap of a trained logit scale (CLIP, section 2.5), held after every step. That of an encoder
+            with a logit bias (SigLIP) has none.
         chunk_size: Encode images and prompts in chunks of this many, with the exact gradients of one batch.
         optimizer: See ``BaseTask``.
         scheduler: See ``BaseTask``.
         warmup_steps: See ``BaseTask``.
 
     Raises:
-        ValueError: As ``second_stage``, or if a template is malformed or there is none.
+        ValueError: As ``second_stage``, if a template is malformed or there is none, or if a cap is not positive or
+            meets an encoder with a logit bias.
     """
 
     encoder: ModalityEncoder
@@ -144,7 +148,7 @@ class ZeroShotClassificationTask(ClassificationTask):
         text_targets: Sequence[str] = ("q", "v"),
         train_adapters: bool = False,
         templates: str | list[str] | None = None,
-        max_logit_scale: float = 100.0,
+        max_logit_scale: float = CAP,
         chunk_size: int | None = None,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
@@ -156,6 +160,7 @@ class ZeroShotClassificationTask(ClassificationTask):
         for name, parameter in self.encoder.named_parameters():
             if name.endswith(".logit_bias"):  # of a SigLIP; a softmax does not change by it
                 parameter.requires_grad_(False)
+        check_cap(encoder, max_logit_scale)
         self.templates = None if templates is None else given_templates(templates)
         self.max_logit_scale, self.chunk_size = max_logit_scale, chunk_size
         self._prompts = torch.empty(0)  # (templates, C, L) token ids of the training classes
@@ -193,9 +198,15 @@ class ZeroShotClassificationTask(ClassificationTask):
         template = self.trainer.global_step % len(self._prompts)
         prompts = self._prompts[template].to(images.device)
         classes = F.normalize(in_chunks(self.encoder.encode_text, prompts, chunk_size=self.chunk_size).float(), dim=-1)
-        logits = self.encoder.logit_scale.clamp(max=self.max_logit_scale) * images @ classes.T
+        with full_precision(images.device):
+            logits = capped_scale(self.encoder, self.max_logit_scale) * images @ classes.T
         loss = F.cross_entropy(logits, batch["label"])
         return {"loss": loss, "accuracy": (logits.argmax(dim=-1) == batch["label"]).float().mean()}
+
+    def after_step(self) -> None:
+        """Holds the cap of the logit scale."""
+        super().after_step()
+        hold_cap(self.encoder, self.max_logit_scale)
 
     def _kept_keys(self) -> set[str]:
         """Also the frozen logit bias where all else of the text side is trained: who loads that looks for all of it."""
@@ -224,4 +235,6 @@ class ZeroShotClassificationTask(ClassificationTask):
         name = batch["eval_set"]
         if name not in self._weights:
             self._weights[name] = self.class_embeddings(self.eval_classes[name])
-        return F.normalize(self.encode_images(batch).float(), dim=-1) @ self._weights[name].T
+        images = F.normalize(self.encode_images(batch).float(), dim=-1)
+        with full_precision(images.device):
+            return images @ self._weights[name].T

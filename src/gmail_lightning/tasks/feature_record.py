@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any, cast
@@ -13,12 +12,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import DualEncoder, ImageEncoder
-from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
+from gmail_lightning.models.fingerprint import (
+    fingerprint,
+    fingerprint_difference,
+    fingerprint_digest,
+    fixed_image,
+    probe_difference,
+)
 from gmail_lightning.models.modality import ModalityEncoder
 from gmail_lightning.types import Modality
-
-#: What rounding to bf16 and another device leave of a feature: the smallest cosine, the largest change of the norm.
-COSINE, NORM = 0.999, 0.02
 
 
 def feature_record(encoder: ImageEncoder, modalities: Collection[Modality], layer: int | None) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def feature_record(encoder: ImageEncoder, modalities: Collection[Modality], laye
     Returns:
         ``fingerprint`` of the plain tower, ``branches``: per modality a digest of what its branch adds to the tower,
         None for nothing; ``layer`` and ``image_spec``; ``probe``: per modality the features (D,) of a fixed image, of
-        tokens (T, W) their mean (W,), for all weights that are not in the matrices of the fingerprint.
+        tokens (T, W) their mean (W,), through the branch of each.
     """
     return {
         "fingerprint": fingerprint(encoder, ("image",)),
@@ -60,6 +62,11 @@ def refuse_other_features(
     own = feature_record(encoder, {Modality[name.upper()] for store in stores for name in store["branches"]}, layer)
     for store in stores:
         where = f"{store['path']} cannot be used here: "
+        for name in ("layer", "image_spec"):
+            if store[name] != own[name]:
+                raise MisconfigurationException(
+                    f"{where}it was written with {name} {store[name]}, and {own[name]} is needed. Write another."
+                )
         difference = fingerprint_difference(store["fingerprint"], own["fingerprint"])
         if difference is not None:
             raise MisconfigurationException(
@@ -67,11 +74,6 @@ def refuse_other_features(
                 f"{fingerprint_digest(store['fingerprint'])}, this {type(encoder).__name__} has "
                 f"{fingerprint_digest(own['fingerprint'])}; they differ in {difference}. Write a store for this one."
             )
-        for name in ("layer", "image_spec"):
-            if store[name] != own[name]:
-                raise MisconfigurationException(
-                    f"{where}it was written with {name} {store[name]}, and {own[name]} is needed. Write another."
-                )
         for name in store["branches"]:
             if trains and _changes(encoder, Modality[name.upper()], layer):
                 raise MisconfigurationException(
@@ -86,29 +88,14 @@ def refuse_other_features(
             difference = probe_difference(store["probe"][name], own["probe"][name])
             if difference is not None:
                 raise MisconfigurationException(
-                    f"{where}its features are of another encoder. The {name} features of a fixed image {difference}; "
-                    "the matrices of the blocks agree, so it is the patch or position embedding, a norm, a bias or the "
-                    "projection. Write a store for this encoder."
+                    f"{where}its features are of another encoder. The {name} features of a fixed image {difference}, "
+                    "though the weights of the tower agree. Write a store for this encoder."
                 )
-
-
-def probe_difference(first: Sequence[float], second: Sequence[float]) -> str | None:
-    """Says how the features of the fixed image differ beyond rounding; None if they do not."""
-    if len(first) != len(second):
-        return f"have width {len(first)} there and {len(second)} here"
-    a, b = torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
-    cosine, ratio = float(a @ b / (a.norm() * b.norm())), float(b.norm() / a.norm())
-    if cosine >= COSINE and abs(math.log(ratio)) <= NORM:
-        return None
-    return f"have cosine {cosine:.4f} between there and here, and {ratio:.4g} times the norm here"
 
 
 def _probe(encoder: ImageEncoder, which: Modality, layer: int | None) -> list[float]:
     """Features of a fixed image, in eval mode and without autocast, to six digits."""
-    height, width = encoder.image_spec.size
-    # Of faint texture: a strong one hides the scale of the patch embedding behind the norm that follows it.
-    pixels = 0.5 + 0.1 * torch.arange(3 * height * width, dtype=torch.float64).cos()
-    image = pixels.view(1, 3, height, width).to(encoder.get_buffer("pixel_mean"))
+    image = fixed_image(encoder)
     branch = {"modality": torch.tensor([which], device=image.device)} if isinstance(encoder, ModalityEncoder) else {}
     training = [module for module in encoder.modules() if module.training]
     encoder.eval()

@@ -74,8 +74,8 @@ class ImageGenerationTask(BaseTask):
         if self.scorer is None:
             return {}
         weights = fingerprint(self.scorer, ("image", "text"))["weights"]
-        wave = sum(wave for _, _, wave in weights.values())  # rounded far above what the order of a sum changes
-        return {"scorer": type(self.scorer).__name__, "scorer_weights": f"{len(weights)} matrices, wave {wave:.4f}"}
+        wave = sum(wave for _, _, wave, *_ in weights.values())  # rounded far above what the order of a sum changes
+        return {"scorer": type(self.scorer).__name__, "scorer_weights": f"{len(weights)} tensors, wave {wave:.4f}"}
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> ScoredImages:  # type: ignore[override]
         """One image per prompt, (B, 3, H, W)."""

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gmail_lightning.metrics.retrieval import full_precision
 from gmail_lightning.models import ImageEncoder, ModalityEncoder
 from gmail_lightning.models.second_stage import second_stage
 from gmail_lightning.tasks.classification import ClassificationTask
@@ -96,10 +97,11 @@ class LinearProbeTask(ClassificationTask):
         self.class_names, self._head_is_new = class_names, False
 
     def logits(self, batch: ImageTextBatch) -> Tensor:
-        """Scores of shape (B, C) for the classes of the head."""
+        """Scores of shape (B, C) for the classes of the head, in fp32 whatever autocast says."""
         assert self.head is not None
         features = F.normalize(self.encode_images(batch).float(), dim=-1) * self.encoder.embed_dim**0.5
-        scores: Tensor = self.head(features)
+        with full_precision(features.device):  # of half precision, many of a thousand scores would tie
+            scores: Tensor = self.head(features)
         return scores
 
     def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:

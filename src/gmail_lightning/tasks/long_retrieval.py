@@ -15,6 +15,7 @@ from gmail_lightning.losses import clip_loss, principal_components
 from gmail_lightning.metrics import TruncatedTexts
 from gmail_lightning.models import DualEncoder
 from gmail_lightning.models.long_text import is_cut
+from gmail_lightning.tasks.logit_scale import CAP
 from gmail_lightning.tasks.retrieval import RetrievalTask, update_recall
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality, TextSpec
 
@@ -71,7 +72,7 @@ class LongRetrievalTask(RetrievalTask):
         short_weight: float = 1.0,
         num_components: int = 32,
         label_smoothing: float = 0.1,
-        max_logit_scale: float = 100.0,
+        max_logit_scale: float = CAP,
         contrastive_chunk_size: int | None = None,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,

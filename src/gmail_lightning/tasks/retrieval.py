@@ -14,6 +14,7 @@ from gmail_lightning.metrics import ImageTextRecall
 from gmail_lightning.models import DualEncoder
 from gmail_lightning.models.second_stage import second_stage
 from gmail_lightning.tasks.base import BaseTask, in_chunks, paired_rows
+from gmail_lightning.tasks.logit_scale import CAP, capped_scale, check_cap, hold_cap
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
 
@@ -37,7 +38,8 @@ class RetrievalTask(BaseTask):
         text_rank: Rank of LoRA in the text tower.
         text_targets: Roles of its adapted matrices, of ``q k v out fc1 fc2``.
         train_adapters: Train the adapters of the generated branch further, too.
-        max_logit_scale: Cap of the logit scale in the loss (CLIP, section 2.5).
+        max_logit_scale: Cap of a trained logit scale (CLIP, section 2.5), held after every step. That of an encoder
+            with a logit bias (SigLIP) has none.
         image_weight: Weight of the contrast between the two images of a pair, in both directions at the same scale
             (as SLIP, arXiv 2112.12750, contrasts two views); needs ``mode: paired``.
         contrastive_chunk_size: Encode the batch in chunks of this many rows, with the exact gradients of one batch.
@@ -47,7 +49,8 @@ class RetrievalTask(BaseTask):
         allow_small_negatives: See ``BaseTask``.
 
     Raises:
-        ValueError: If ``aligned`` or ``train_adapters`` comes without ``text_side``, or as ``second_stage``.
+        ValueError: If ``aligned`` or ``train_adapters`` comes without ``text_side``, if a cap is not positive or meets
+            an encoder with a logit bias, or as ``second_stage``.
     """
 
     batch_contrastive = True
@@ -61,7 +64,7 @@ class RetrievalTask(BaseTask):
         text_rank: int = 4,
         text_targets: Sequence[str] = ("q", "v"),
         train_adapters: bool = False,
-        max_logit_scale: float = 100.0,
+        max_logit_scale: float = CAP,
         image_weight: float = 0.0,
         contrastive_chunk_size: int | None = None,
         optimizer: OptimizerCallable | None = None,
@@ -78,6 +81,7 @@ class RetrievalTask(BaseTask):
                 "aligned and train_adapters keep the image tower: say what of the text side is trained, "
                 "text_side: lora, projection, full, or frozen to evaluate."
             )
+        check_cap(encoder, max_logit_scale)
         self.encoder, self.max_logit_scale, self.image_weight = encoder, max_logit_scale, image_weight
         self.contrastive_chunk_size = contrastive_chunk_size
 
@@ -100,8 +104,13 @@ class RetrievalTask(BaseTask):
 
     @property
     def scale(self) -> Tensor:
-        """The encoder's logit scale, capped."""
-        return self.encoder.logit_scale.clamp(max=self.max_logit_scale)
+        """The encoder's logit scale; that of a CLIP capped."""
+        return capped_scale(self.encoder, self.max_logit_scale)
+
+    def after_step(self) -> None:
+        """Holds the cap of the logit scale."""
+        super().after_step()
+        hold_cap(self.encoder, self.max_logit_scale)
 
     def encode_texts(self, text: Tensor) -> Tensor:
         """Features of shape (T, D) for token ids (T, L)."""

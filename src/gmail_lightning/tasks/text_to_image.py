@@ -18,7 +18,6 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from gmail_lightning.losses.diffusion import PredictionType, denoising_loss, min_snr_weight
-from gmail_lightning.models.base import Tower
 from gmail_lightning.models.diffusion import DiffusersGenerator
 from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.types import ImageTextBatch, InputSpec
@@ -258,10 +257,6 @@ class TextToImageTask(BaseTask):
                 pipeline.save_pretrained(folder)
             finally:
                 pipeline.unet = trained
-
-    def _frozen_towers(self) -> list[Tower]:
-        """No encoder: what the checkpoint leans on is the pipeline, by its revision."""
-        return []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the average, and the pipeline that frozen tensors come from."""
