@@ -22,7 +22,7 @@ LAYERS = {
     "samplers": {"types", "datasets"},
     "datamodules": {"types", "datasets", "samplers", "transforms", "distributed"},
     "tasks": {"types", "distributed", "optim", "losses", "metrics", "transforms", "models"},
-    "callbacks": {"types", "metrics", "models", "tasks", "datasets", "datamodules"},
+    "callbacks": {"types", "distributed", "metrics", "models", "tasks", "datasets", "datamodules"},
     "export": {"types", "models", "tasks"},
     "repair": {"types", "metrics", "models", "datasets", "transforms"},
 }
