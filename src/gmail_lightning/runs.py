@@ -12,9 +12,10 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 RECORD = "run.json"
@@ -124,6 +125,31 @@ class Run:
         part.replace(self.folder / RECORD)
 
 
+class RunFiles(Callback):
+    """Keeps the configuration in the run folder, and notes that there is something to keep."""
+
+    def __init__(self, run: Run, config: str) -> None:
+        self.run, self.config = run, config
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes ``config.yaml``."""
+        (self.run.folder / "config.yaml").write_text(self.config, encoding="utf-8")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A step was made."""
+        self.run.has_stepped = True
+
+
+class Found(NamedTuple):
+    """A run to go on with."""
+
+    folder: Path
+    record: dict[str, Any]
+    checkpoint: str | None
+
+
 def new_folder(parent: Path, prefix: str = "") -> Path:
     """Makes a folder named after the time; two processes that begin in the same moment get one each."""
     parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +163,7 @@ def new_folder(parent: Path, prefix: str = "") -> Path:
             return folder
 
 
-def run_to_resume(runs: Path, wanted: Mapping[str, Any]) -> tuple[Path, str]:
+def run_to_resume(runs: Path, wanted: Mapping[str, Any]) -> Found:
     """The newest fit of the same settings and seed that is not running, and its newest checkpoint.
 
     Args:
@@ -155,9 +181,11 @@ def run_to_resume(runs: Path, wanted: Mapping[str, Any]) -> tuple[Path, str]:
         checkpoint = newest_state(path.parent)
         if reason is None and checkpoint is None:
             reason = "has no checkpoint"
-        if reason is None and checkpoint is not None:
+        if reason is None and wanted["verb"] == "fit" and not take(path):
+            reason = "was just taken by another process"
+        if reason is None:
             rank_zero_info(f"--ckpt_path last: {checkpoint} (seed {record['seed']}, {record['state']}).")
-            return path.parent, str(checkpoint)
+            return Found(path.parent, record, str(checkpoint))
         refused.append(f"- {path.parent} {reason}")
     told = "\n".join(["", *refused[:5]])
     raise MisconfigurationException(
@@ -166,7 +194,7 @@ def run_to_resume(runs: Path, wanted: Mapping[str, Any]) -> tuple[Path, str]:
     )
 
 
-def run_of_job(runs: Path, wanted: Mapping[str, Any]) -> tuple[Path, str | None] | None:
+def run_of_job(runs: Path, wanted: Mapping[str, Any]) -> Found | None:
     """The run that a requeued SLURM job was at, and its newest checkpoint, if there is one; None for no such run.
 
     Args:
@@ -184,7 +212,7 @@ def run_of_job(runs: Path, wanted: Mapping[str, Any]) -> tuple[Path, str | None]
             continue
         checkpoint = newest_state(path.parent)
         rank_zero_info(f"Job {job} goes on with {path.parent}, from {checkpoint or 'the beginning'}.")
-        return path.parent, None if checkpoint is None else str(checkpoint)
+        return Found(path.parent, record, None if checkpoint is None else str(checkpoint))
     return None
 
 
@@ -250,10 +278,11 @@ def _difference(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | N
     return f"has {names[0]}={there.get(names[0])!r}, this is {here.get(names[0])!r}{more}"
 
 
-def take(folder: Path) -> bool:
-    """Makes a run's folder this process's own; False where another process was faster."""
+def take(record: Path) -> bool:
+    """Makes the run of a record this process's own; False where another process was faster."""
+    taken = record.with_name(f"{RECORD}.{os.getpid()}")  # where the new record is written before it is renamed
     try:
-        (folder / RECORD).rename(folder / f"{RECORD}.{os.getpid()}")
+        record.rename(taken)
     except FileNotFoundError:
         return False
     return True

@@ -181,8 +181,8 @@ class BaseTask(SmallCheckpoints, ABC):
         encoder = getattr(self, "encoder", None)
         if encoder is None:
             raise MisconfigurationException(
-                f"{type(self).__name__} reads pixels and has no encoder that cached features could be of. Give the data "
-                f"set of {stores[0]['path']} without its store."
+                f"{type(self).__name__} reads pixels and has no encoder that cached features could be of. Give the "
+                f"data set of {stores[0]['path']} without its store."
             )
         refuse_other_features(encoder, stores, self.feature_layer, trains)
 
