@@ -42,7 +42,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("main")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.delenv("GMAIL_LIGHTNING_RUN_DIR", raising=False)
         assert status(["fit", *ALIGN]) == 0
     (made,) = (folder / "runs/emoji-align").iterdir()
     return made
@@ -51,12 +50,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GMAIL_LIGHTNING_RUN_DIR", raising=False)
 
 
 def test_fit_fills_the_run_folder(run: Path) -> None:
     names = {p.name for p in run.iterdir()}
-    assert {"config.yaml", "checkpoints", "csv", "modality_gap.png", "modality_gap.json"} <= names
+    assert {"config.yaml", "run.json", "checkpoints", "csv", "modality_gap.png", "modality_gap.json"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert (run / "modality_gap.png").read_bytes()[:4] == b"\x89PNG"
     gap = json.loads((run / "modality_gap.json").read_text())
@@ -81,14 +79,18 @@ def test_a_checkpoint_of_the_command_line_needs_no_arguments(run: Path) -> None:
 
 def test_resume_goes_on_in_the_folder_and_the_users_values_win(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parents[2])
-    more = ["--trainer.max_steps=4", "--model.init_args.temperature=0.5", "--ckpt_path", "last"]
-    assert status(["fit", *ALIGN, *more]) == 0
+    assert status(["fit", *ALIGN, "--trainer.max_steps=4", "--ckpt_path", "last"]) == 0
     assert [p.name for p in run.parent.iterdir()] == [run.name]
     assert status(["test", *ALIGN, "--ckpt_path", "last"]) == 0  # writes beside, and not over, what training wrote
-    held = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    assert held["global_step"] == 4
-    assert held["hyper_parameters"]["temperature"] == 0.5
-    assert "temperature: 0.5" in (run / "config.yaml").read_text()
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    # Other settings make another run, whatever it starts from.
+    more = ["--trainer.max_steps=5", "--model.init_args.temperature=0.5"]
+    assert status(["fit", *ALIGN, *more, "--ckpt_path", "last"]) == 2
+    assert status(["fit", *ALIGN, *more, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
+    _, other = sorted(run.parent.iterdir())
+    held = torch.load(other / "checkpoints/last.ckpt", weights_only=True)
+    assert (held["global_step"], held["hyper_parameters"]["temperature"]) == (5, 0.5)
+    assert "temperature: 0.5" in (other / "config.yaml").read_text()
 
 
 def test_lightnings_private_names_are_there() -> None:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, cast
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
@@ -184,6 +185,8 @@ class GmailCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         with self._recorded():
             super()._run_subcommand(subcommand)
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # a process whose peer has gone may be aborted on its way out
         if self._run is not None:
             self._run.end("done")
 

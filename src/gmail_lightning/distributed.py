@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DECISION = "GMAIL_LIGHTNING_DECISION"  # of the process that Lightning's launcher copies
-_stores: list[Any] = []  # kept: the server of a store ends with it, and Lightning's process group comes to the same one
+_decisions = itertools.count()  # of every process of a launch alike
+_servers: list[Any] = []  # of the first process, kept: Lightning's process group will come to the same one
 
 
 def world_size() -> int:
@@ -109,11 +111,11 @@ def decided_once(decide: Callable[[], T], num_nodes: int = 1) -> T:
     packed, own_error = _packed(decide) if number == 0 else (b"", None)
     if size > 1:
         store, *_ = next(dist.rendezvous("env://", rank=number, world_size=size))
-        _stores.append(store)
-        store = dist.PrefixStore(f"gmail_lightning/{len(_stores)}", store)
+        key = f"gmail_lightning/{next(_decisions)}"
         if number == 0:
-            store.set("decision", packed)
-        packed = store.get("decision")
+            store.set(key, packed)
+            _servers.append(store)
+        packed = store.get(key)
     os.environ[DECISION] = json.dumps({"process": os.getpid(), "decision": packed.hex()})
     return _unpacked(packed, own_error)
 

@@ -268,12 +268,12 @@ def _fits(runs: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def _difference(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     """In what a run is another one than that which is wanted; None where it is the same."""
-    if wanted["seed"] is not None and record["seed"] != wanted["seed"]:
+    if wanted["seed"] is not None and repr(record["seed"]) != repr(wanted["seed"]):  # False, none at all, equals 0
         return f"has seed {record['seed']}, this is {wanted['seed']}"
-    if record["digest"] == wanted["digest"]:
-        return None
     there, here = record["settings"], wanted["settings"]
     names = [name for name in {**here, **there} if there.get(name, ...) != here.get(name, ...)]
+    if not names:
+        return None
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"has {names[0]}={there.get(names[0])!r}, this is {here.get(names[0])!r}{more}"
 
