@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,6 @@ from typing import Any, NoReturn, cast
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -129,15 +129,15 @@ class GmailCLI(LightningCLI):
                 },
             ]
 
-    def _dump(self, config: Any) -> str:
-        return str(self._parser(self.subcommand).dump(config, skip_validation=True))
+    def _dump(self, config: Any, form: str = "yaml") -> str:
+        return str(self._parser(self.subcommand).dump(config, format=form, skip_validation=True))
 
     def _decide(self, config: Any) -> tuple[Path, str | None, int | bool]:
         """Folder, checkpoint and seed of this run, which begins."""
         root, verb, checkpoint = config.trainer.default_root_dir, str(self.subcommand), config.get("ckpt_path")
         runs = Path(root) if root else Path("runs") / config.name
         task = import_class(config.model.class_path)
-        settings = settings_of(yaml.safe_load(self._dump(config)), getattr(task, "evaluation_only", frozenset()))
+        settings = settings_of(json.loads(self._dump(config, "json")), getattr(task, "evaluation_only", frozenset()))
         wanted = make_record(config.name, verb, settings, config.seed_everything, checkpoint)
         sought = wanted if self._seed_is_given else {**wanted, "seed": None}
         found = run_of_job(runs, sought) if verb == "fit" else None

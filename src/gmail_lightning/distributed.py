@@ -7,11 +7,12 @@ import json
 import os
 import pickle
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -92,7 +93,7 @@ def on_first_rank(work: Callable[[], T], trainer: Trainer | None = None) -> T:
         box = [packed]
         dist.broadcast_object_list(box, src=0)
         packed = box[0]
-    return _unpacked(packed, own_error)
+    return cast(T, _unpacked(packed, own_error))
 
 
 def decided_once(decide: Callable[[], T], num_nodes: int = 1) -> T:
@@ -106,18 +107,18 @@ def decided_once(decide: Callable[[], T], num_nodes: int = 1) -> T:
     """
     handed = json.loads(os.environ.get(DECISION, "null"))
     if int(os.environ.get("LOCAL_RANK", 0)) > 0 and handed is not None and handed["process"] == os.getppid():
-        return _unpacked(bytes.fromhex(handed["decision"]))
+        return cast(T, _unpacked(bytes.fromhex(handed["decision"])))
     number, size = _place(num_nodes)
     packed, own_error = _packed(decide) if number == 0 else (b"", None)
     if size > 1:
-        store, *_ = next(dist.rendezvous("env://", rank=number, world_size=size))
+        store, *_ = next(rendezvous("env://", rank=number, world_size=size))
         key = f"gmail_lightning/{next(_decisions)}"
         if number == 0:
             store.set(key, packed)
             _servers.append(store)
         packed = store.get(key)
     os.environ[DECISION] = json.dumps({"process": os.getpid(), "decision": packed.hex()})
-    return _unpacked(packed, own_error)
+    return cast(T, _unpacked(packed, own_error))
 
 
 def _place(num_nodes: int) -> tuple[int, int]:
@@ -126,7 +127,7 @@ def _place(num_nodes: int) -> tuple[int, int]:
     if "RANK" in environment and "WORLD_SIZE" in environment:  # torchrun
         return int(environment["RANK"]), int(environment["WORLD_SIZE"])
     if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
-        from lightning.fabric.plugins.environments import SLURMEnvironment
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
         if SLURMEnvironment.detect():
             slurm = SLURMEnvironment()

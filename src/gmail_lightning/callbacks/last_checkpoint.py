@@ -50,7 +50,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves where there is no validation."""
-        if trainer.enable_validation and sum(trainer.num_val_batches):
+        if trainer.enable_validation and any(trainer.num_val_batches):
             return
         due = trainer.check_val_every_n_epoch is not None or time.monotonic() - self._time >= self.seconds
         if trainer.strategy.broadcast(due):

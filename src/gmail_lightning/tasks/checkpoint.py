@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.core.mixins import HyperparametersMixin
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin, _given_hyperparameters
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor
 
@@ -148,7 +147,7 @@ class SmallCheckpoints(LightningModule):
             )
         self._refuse_other_settings(checkpoint.get("hyper_parameters", {}))
         if isinstance(getattr(self, "encoder", None), ModalityEncoder):  # its adapters are those of the checkpoint now
-            self.encoder.alignment = checkpoint.get("alignment")
+            self.encoder.alignment = cast(dict[str, Any] | None, checkpoint.get("alignment"))
         recorded = checkpoint.get("base_fingerprint")
         if recorded is None:
             return
