@@ -152,9 +152,11 @@ def _packed(work: Callable[[], Any]) -> tuple[bytes, Exception | None]:
 
 
 def _unpacked(packed: bytes | None, own_error: Exception | None = None) -> Any:
-    """The result, or the error as it was raised: in the first process itself with its traceback."""
+    """The result, or the error; in the first process itself with its traceback."""
     assert packed is not None
     result, error = pickle.loads(packed)
+    if own_error is not None and type(error) is type(own_error):
+        raise own_error
     if error is not None:
-        raise own_error or error
+        raise error from own_error
     return result

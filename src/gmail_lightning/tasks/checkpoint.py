@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,8 +146,9 @@ class SmallCheckpoints(LightningModule):
                 f"{unknown or 'nothing'}. Were rank, targets or projection changed?"
             )
         self._refuse_other_settings(checkpoint.get("hyper_parameters", {}))
-        if isinstance(getattr(self, "encoder", None), ModalityEncoder):  # its adapters are those of the checkpoint now
-            self.encoder.alignment = cast(dict[str, Any] | None, checkpoint.get("alignment"))
+        encoder: Any = getattr(self, "encoder", None)
+        if isinstance(encoder, ModalityEncoder):  # its adapters are those of the checkpoint now
+            encoder.alignment = checkpoint.get("alignment")
         recorded = checkpoint.get("base_fingerprint")
         if recorded is None:
             return
