@@ -142,7 +142,7 @@ def refusal(rank):
 
 
 def decisions(rank):
-    """Two decisions of the first rank, one of them an error, as torchrun starts the ranks and before there is a group."""
+    """Two decisions of the first rank, one of them an error, as torchrun starts ranks, before there is a group."""
 
     def refuse():
         raise ValueError(f"rank {rank} does not like it")
