@@ -145,6 +145,52 @@ def test_refusals_have_a_status_and_a_reason(
     assert answer in capfd.readouterr().err
 
 
+EMOJI = [{"class_path": "EmojiDataset", "init_args": {"hand": hand}} for hand in ("noto", "fluent_flat")]
+ABSENT = [{"class_path": "ManifestDataset", "init_args": {"path": "absent.csv"}}]
+HELD = {"train": EMOJI, "val": {"novel": EMOJI}, "test": {"novel": EMOJI}, "predict": EMOJI}
+READ = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+
+
+def with_data(verb: str, absent: list[str], kind: str = "MixedModalityDataModule", **further: object) -> int:
+    """Status of a verb over data of which some are absent."""
+    named = {name: {"novel": ABSENT} if isinstance(held, dict) else ABSENT for name, held in HELD.items()}
+    settings = {**HELD, **{name: named[name] for name in absent}, **further}
+    if kind == "StreamingDataModule":
+        settings = {k: v for k, v in settings.items() if k != "train"}
+        settings |= {"urls": "absent-{0..3}.tar", "modality": "real", "steps_per_epoch": 1}
+    else:
+        settings["allow_overlap"] = {
+            "novel": {"kinds": ["caption", "image_id", "pixels"], "reason": "the same drawings"}
+        }
+    data = {"class_path": kind, "init_args": {"batch_size": 8, **settings}}
+    model = {"class_path": "AlignmentTask", "init_args": {"encoder": RANDOM, "rank": 2}}
+    trainer = {"accelerator": "cpu", "max_steps": 1, "logger": False, "enable_progress_bar": False}
+    trainer |= {f"limit_{stage}_batches": 1 for stage in ("val", "test", "predict")}
+    Path("own.yaml").write_text(json.dumps({"trainer": trainer, "model": model, "data": data}))
+    return status([verb, "--config", "own.yaml", "--allow_untrained", "true"])
+
+
+@pytest.mark.parametrize("verb", READ)
+def test_only_what_the_verb_reads_is_built(verb: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert with_data(verb, [name for name in HELD if name not in READ[verb]]) == 0
+    kept = next(Path("runs").rglob("config.yaml")).read_text()
+    assert verb == "fit" or "absent.csv" in kept  # the configuration is kept whole
+    for name in READ[verb]:
+        assert with_data(verb, [name]) == 3
+        assert "absent.csv" in capfd.readouterr().err
+
+
+def test_test_reads_the_sets_of_val_where_it_has_none_of_its_own() -> None:
+    assert with_data("test", ["train", "predict"], test=None) == 0
+    assert with_data("test", ["val"], test=None) == 3
+
+
+@pytest.mark.parametrize(("verb", "code"), [("fit", 3), ("validate", 0), ("test", 0), ("predict", 0)])
+def test_only_what_the_verb_reads_is_built_beside_a_stream(verb: str, code: int) -> None:
+    assert with_data(verb, [], "StreamingDataModule") == code
+    assert verb == "fit" or with_data(verb, list(READ[verb]), "StreamingDataModule") == 3
+
+
 def test_untrained_on_purpose(capfd: pytest.CaptureFixture[str]) -> None:
     assert status(["validate", *ALIGN, *UNTRAINED, "--allow_untrained", "true"]) == 0
     assert "val/novel/margin" in capfd.readouterr().out
@@ -195,3 +241,28 @@ def test_exit_status_of_the_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gmail_lightning", "fit", *ALIGN, "--trainer.fast_dev_run=true"]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr
+
+
+def test_the_working_directory_shadows_nothing(tmp_path: Path) -> None:
+    """Names of the standard library, of a dependency and of ours; a class of one's own there is still found."""
+    for name in ("random.py", "datasets.py", "torchmetrics.py", "yaml.py"):
+        (tmp_path / name).write_text("raise RuntimeError('the file of the working directory')")
+    (tmp_path / "mine.py").write_text("from gmail_lightning.tasks import AlignmentTask as Own")
+    own = ["--model.class_path", "mine.Own", "--trainer.fast_dev_run=true"]
+    for command in ([sys.executable, "-m", "gmail_lightning"], [Path(sys.executable).with_name("gmail-lightning")]):
+        answer = subprocess.run(
+            [*command, "fit", *ALIGN, *own], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert answer.returncode == 0, answer.stderr[-2000:]
+
+
+def test_the_limit_of_a_process_group_is_what_we_say() -> None:
+    """Lightning's strategies set it, so that the 600 seconds of NCCL do not apply."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from gmail_lightning.metrics import CocoCaptionScore
+    from gmail_lightning.tasks import CaptioningTask
+
+    assert DDPStrategy()._timeout.total_seconds() == 1800
+    for told in (CaptioningTask.__doc__, CocoCaptionScore.__doc__):
+        assert "1,800 seconds" in " ".join(str(told).split())

@@ -104,6 +104,18 @@ def test_a_resumed_run_goes_on_with_the_next_batch_wherever_it_ended() -> None:
         assert torch.equal(other["state_dict"][name], value), name
 
 
+def test_the_last_state_does_not_wait_for_a_better_one() -> None:
+    """A checkpoint of the user's that watches a value, and would write the same file only where it got better."""
+    watch = {"monitor": "val/novel/num_pairs", "mode": "max", "save_last": True}  # it stays the same
+    callbacks = json.dumps([{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": watch}])
+    assert fit(f"--trainer.callbacks={callbacks}", steps=5, interval=2) == 0
+    (folder,) = made()
+    assert state(folder)["global_step"] == 5
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert [name for name in names if name.startswith("last")] == ["last.ckpt"]
+    assert len(names) == 2  # and the best
+
+
 def test_the_kept_configuration_makes_the_run_anew() -> None:
     assert fit() == 0
     (first,) = made()
