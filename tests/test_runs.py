@@ -106,7 +106,7 @@ def test_a_resumed_run_goes_on_with_the_next_batch_wherever_it_ended() -> None:
 
 def test_the_last_state_does_not_wait_for_a_better_one() -> None:
     """A checkpoint of the user's that watches a value, and would write the same file only where it got better."""
-    watch = {"monitor": "val/novel/num_pairs", "mode": "max", "save_last": True}  # it stays the same
+    watch = {"monitor": "val/novel/real_i2t_R@1", "mode": "max", "save_last": True}  # it stays the same
     callbacks = json.dumps([{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": watch}])
     assert fit(f"--trainer.callbacks={callbacks}", steps=5, interval=2) == 0
     (folder,) = made()
