@@ -34,7 +34,18 @@ from gmail_lightning.datasets import DataError
 from gmail_lightning.distributed import decided_once
 from gmail_lightning.hints import hint, import_class
 from gmail_lightning.main import EPILOG
-from gmail_lightning.runs import RECORD, Run, RunFiles, make_record, new_folder, run_of_job, run_to_resume, settings_of
+from gmail_lightning.runs import (
+    RECORD,
+    Decision,
+    Run,
+    RunFiles,
+    make_record,
+    new_folder,
+    refuse_running,
+    run_of_job,
+    run_to_resume,
+    settings_of,
+)
 from gmail_lightning.tasks import BaseTask, CaptioningTask
 
 WRITER_FLAGS: dict[str, tuple[Any, str]] = {
@@ -108,15 +119,21 @@ class GmailCLI(LightningCLI):
         config = self.config[self.subcommand]
         _set_writer(config)
         config.name = config.name or _recipe_name(config)
-        folder, checkpoint, seed = decided_once(lambda: self._decide(config), config.trainer.num_nodes)
-        if seed != config.seed_everything:  # of the run that goes on
+        decision = decided_once(lambda: self._decide(config), config.trainer.num_nodes)
+        with self._recorded():
+            self._fill_in(config, decision)
+
+    def _fill_in(self, config: Any, decision: Decision) -> None:
+        folder, seed = decision.folder, decision.seed
+        if seed is not False and seed != config.seed_everything:  # of the run that goes on
             config.seed_everything = pl.seed_everything(seed, workers=True)
-        self._kept_config = self._dump(_without_folders(config))
-        config.ckpt_path = checkpoint
+        #: What the run folder keeps, so that it can be run anew; None where nothing is kept.
+        self._kept_config = self._dump(_without_folders(config)) if decision.keeps else None
+        config.ckpt_path = decision.checkpoint
         config.trainer.default_root_dir = str(folder)
         _drop_files_in_checkpoint(config)
         self._dump_config()  # what a checkpoint records, before the data that this verb does not read are left out
-        _drop_unread_data(config, self.subcommand)
+        _drop_unread_data(config, str(self.subcommand))
         if config.trainer.logger in (None, True):
             config.trainer.logger = [
                 {
@@ -132,33 +149,34 @@ class GmailCLI(LightningCLI):
     def _dump(self, config: Any, form: str = "yaml") -> str:
         return str(self._parser(self.subcommand).dump(config, format=form, skip_validation=True))
 
-    def _decide(self, config: Any) -> tuple[Path, str | None, int | bool]:
+    def _decide(self, config: Any) -> Decision:
         """Folder, checkpoint and seed of this run, which begins."""
         root, verb, checkpoint = config.trainer.default_root_dir, str(self.subcommand), config.get("ckpt_path")
-        runs = Path(root) if root else Path("runs") / config.name
+        runs, is_trial = Path(root) if root else Path("runs") / config.name, bool(config.trainer.fast_dev_run)
         task = import_class(config.model.class_path)
         settings = settings_of(json.loads(self._dump(config, "json")), getattr(task, "evaluation_only", frozenset()))
         wanted = make_record(config.name, verb, settings, config.seed_everything, checkpoint)
         sought = wanted if self._seed_is_given else {**wanted, "seed": None}
         found = run_of_job(runs, sought) if verb == "fit" else None
         if found is None and checkpoint == "last":
-            found = run_to_resume(runs, sought)
+            found = run_to_resume(runs, sought, takes=verb == "fit" and not is_trial)
         elif found is None and checkpoint and _is_missing_file(checkpoint):
             raise MisconfigurationException(f"--ckpt_path {checkpoint}: no such file.")
         if found is not None:
             wanted["seed"], wanted["checkpoint"] = found.record["seed"], found.checkpoint
-        is_trial = bool(config.trainer.fast_dev_run)
         if found is not None and verb == "fit":
             folder, is_new = found.folder, False  # it goes on there
         elif root and found is None:
             folder, is_new = Path(root), verb == "fit" and not (Path(root).exists() and any(Path(root).iterdir()))
+            refuse_running(folder)
         else:
             parent, prefix = (runs, "") if found is None else (found.folder, f"{verb}-")
             folder, is_new = (parent / "trial" if is_trial else new_folder(parent, prefix)), True
-        if not is_trial and not (root and verb != "fit" and (folder / RECORD).exists()):
+        keeps = not is_trial and not (root and verb != "fit" and (folder / RECORD).exists())
+        if keeps:
             self._run = Run(folder, wanted, is_new)
             self._run.begin()
-        return folder, wanted["checkpoint"], wanted["seed"]
+        return Decision(folder, wanted["checkpoint"], wanted["seed"], keeps)
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
@@ -205,7 +223,7 @@ class GmailCLI(LightningCLI):
             for one in given:
                 if isinstance(one, ModelCheckpoint) and one.dirpath is None:
                     one.save_last = None  # it would be the same file, and lag where the monitored value got worse
-        if self._run is not None:
+        if self._kept_config is not None:
             callbacks.append(RunFiles(self._run, self._kept_config))
         return super()._instantiate_trainer(config, callbacks)
 

@@ -11,12 +11,15 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+
+from gmail_lightning.distributed import on_first_rank
 
 RECORD = "run.json"
 BEAT = 30.0  # seconds between two signs of life of a run
@@ -126,20 +129,36 @@ class Run:
 
 
 class RunFiles(Callback):
-    """Keeps the configuration in the run folder, and notes that there is something to keep."""
+    """Keeps the configuration in the run folder, and notes that there is something to keep.
 
-    def __init__(self, run: Run, config: str) -> None:
+    Args:
+        run: In the process that began it.
+        config: The configuration as text.
+    """
+
+    def __init__(self, run: Run | None, config: str) -> None:
         self.run, self.config = run, config
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes ``config.yaml``."""
-        (self.run.folder / "config.yaml").write_text(self.config, encoding="utf-8")
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        on_first_rank(partial(path.write_text, self.config, encoding="utf-8"), trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A step was made."""
-        self.run.has_stepped = True
+        if self.run is not None:
+            self.run.has_stepped = True
+
+
+class Decision(NamedTuple):
+    """What all processes of a run must agree on."""
+
+    folder: Path
+    checkpoint: str | None
+    seed: int | bool
+    keeps: bool  # a record and the configuration in the folder
 
 
 class Found(NamedTuple):
@@ -163,12 +182,13 @@ def new_folder(parent: Path, prefix: str = "") -> Path:
             return folder
 
 
-def run_to_resume(runs: Path, wanted: Mapping[str, Any]) -> Found:
+def run_to_resume(runs: Path, wanted: Mapping[str, Any], takes: bool = True) -> Found:
     """The newest fit of the same settings and seed that is not running, and its newest checkpoint.
 
     Args:
         runs: Folder below which runs are looked for.
         wanted: Record of the run that is to go on; a seed of None takes any.
+        takes: Whether this process goes on with it, so that no other may; the record is then to be written anew.
 
     Raises:
         MisconfigurationException: If there is none; says of the newest ones why not.
@@ -181,7 +201,7 @@ def run_to_resume(runs: Path, wanted: Mapping[str, Any]) -> Found:
         checkpoint = newest_state(path.parent)
         if reason is None and checkpoint is None:
             reason = "has no checkpoint"
-        if reason is None and wanted["verb"] == "fit" and not take(path):
+        if reason is None and takes and not take(path):
             reason = "was just taken by another process"
         if reason is None:
             rank_zero_info(f"--ckpt_path last: {checkpoint} (seed {record['seed']}, {record['state']}).")
@@ -236,6 +256,15 @@ def is_running(path: Path, record: Mapping[str, Any]) -> bool:
         start = _process_start(record["process"])
         return not itself and start is not None and start == record["process_start"]
     return time.time() - path.stat().st_mtime < SILENCE
+
+
+def refuse_running(folder: Path) -> None:
+    """Raises a MisconfigurationException if a fit is at work in the folder."""
+    for path, record in _fits(folder):
+        if path.parent == folder and is_running(path, record):
+            raise MisconfigurationException(
+                f"{folder} is the folder of a run on {record['host']}, process {record['process']}: choose another one."
+            )
 
 
 def _process_start(process: int) -> str | None:

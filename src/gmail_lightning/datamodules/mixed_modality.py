@@ -194,7 +194,7 @@ class MixedModalityDataModule(LightningDataModule):
         """
         if not self.datasets["train"]:
             raise DataError("No training data: give the data module data sets under train.")
-        _tell(self.datasets["train"])
+        tell(self.datasets["train"])
         table = RowTable(self.datasets["train"])
         num_replicas, rank = self._replicas()
         try:
@@ -247,7 +247,7 @@ class MixedModalityDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[ImageTextBatch]:
         """Returns the loader of ``predict``."""
         rows = self.predict_rows()
-        _tell(self.datasets["predict"], need_captions=False)
+        tell(self.datasets["predict"], need_captions=False)
         return self._loader(rows if self.only_predict is None else Subset(rows, self.only_predict.tolist()), None)
 
     def predict_rows(self) -> EvaluationRows:
@@ -261,7 +261,7 @@ class MixedModalityDataModule(LightningDataModule):
         return EvaluationRows(RowTable(self.datasets["predict"]), self._spec())
 
     def _evaluation_loader(self, datasets: list[ImageTextDataset], name: str) -> DataLoader[ImageTextBatch]:
-        _tell(datasets)
+        tell(datasets)
         return self._loader(EvaluationRows(RowTable(datasets), self._spec(), name), name)
 
     def _loader(self, rows: EvaluationRows | Subset[ImageTextBatch], name: str | None) -> DataLoader[ImageTextBatch]:
@@ -342,7 +342,7 @@ class MixedModalityDataModule(LightningDataModule):
             self._sampler.start_batch = epoch * steps + step
 
 
-def _tell(datasets: list[ImageTextDataset], need_captions: bool = True) -> None:
+def tell(datasets: list[ImageTextDataset], need_captions: bool = True) -> None:
     """Shows what the data sets have left out.
 
     Raises:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from gmail_lightning.datamodules.leakage import AllowedOverlap, Kind, check_leakage, refuse_unknown_sets
+from gmail_lightning.datamodules.mixed_modality import tell
 from gmail_lightning.datamodules.overlap import picture_hashes
 from gmail_lightning.datamodules.prompt_table import PromptBatches, PromptTable
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
@@ -96,6 +97,7 @@ class PromptDataModule(LightningDataModule):
             raise MisconfigurationException(f"PromptDataModule feeds predict, not {stage}.")
         if not any(map(len, self.captions)):
             raise DataError("Nothing to generate: give the data module data sets under captions.")
+        tell(self.captions)
         self._check_leakage()
         self._table = PromptTable(self.captions, self.images_per_caption, self.captions_per_row, self.prompt_template)
         self._warn_of_shared_pairs(self._table)
