@@ -312,3 +312,15 @@ def test_settings_leave_out_what_changes_nothing_in_training() -> None:
         "trainer.gradient_clip_algorithm": None,
         "trainer.limit_train_batches": None,
     }
+
+
+def test_a_trial_takes_nothing_and_a_folder_at_work_is_refused(tmp_path: Path) -> None:
+    assert fit() == 0
+    (folder,) = made()
+    before = (folder / "run.json").read_bytes()
+    assert fit("--ckpt_path=last", "--trainer.fast_dev_run=true") == 0
+    assert made() == [folder]
+    assert (folder / "run.json").read_bytes() == before
+    plant(tmp_path / "own", state="running", host="elsewhere")
+    assert fit("--trainer.default_root_dir", str(tmp_path / "own")) == 2
+    assert record(tmp_path / "own")["host"] == "elsewhere"
