@@ -149,6 +149,9 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(wrong: list[str])
     assert not Path("runs").exists()
     assert fit(*wrong, "--trainer.default_root_dir=mine") in (2, 3)
     assert not Path("mine").exists()
+    Path("own/empty").mkdir(parents=True)
+    assert fit(*wrong, "--trainer.default_root_dir=own/empty") in (2, 3)
+    assert not any(Path("own/empty").iterdir())  # a folder that was there stays
 
 
 def test_a_run_that_fails_later_stays_and_is_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,16 +165,17 @@ class GmailCLI(LightningCLI):
         if found is not None:
             wanted["seed"], wanted["checkpoint"] = found.record["seed"], found.checkpoint
         if found is not None and verb == "fit":
-            folder, is_new = found.folder, False  # it goes on there
+            folder, is_new, was_there = found.folder, False, True  # it goes on there
         elif root and found is None:
-            folder, is_new = Path(root), verb == "fit" and not (Path(root).exists() and any(Path(root).iterdir()))
+            folder, was_there = Path(root), Path(root).exists()
+            is_new = verb == "fit" and not (was_there and any(folder.iterdir()))
             refuse_running(folder)
         else:
             parent, prefix = (runs, "") if found is None else (found.folder, f"{verb}-")
-            folder, is_new = (parent / "trial" if is_trial else new_folder(parent, prefix)), True
+            folder, is_new, was_there = (parent / "trial" if is_trial else new_folder(parent, prefix)), True, False
         keeps = not is_trial and not (root and verb != "fit" and (folder / RECORD).exists())
         if keeps:
-            self._run = Run(folder, wanted, is_new)
+            self._run = Run(folder, wanted, is_new, was_there)
             self._run.begin()
         return Decision(folder, wanted["checkpoint"], wanted["seed"], keeps)
 

@@ -88,11 +88,12 @@ class Run:
     Args:
         folder: Where it writes.
         record: See ``make_record``.
-        is_new: Whether nothing but this run is in the folder, so that it goes where no step was made.
+        is_new: Whether nothing but this run is in the folder, so that all in it goes where no step was made.
+        was_there: Whether the folder was there before, and stays.
     """
 
-    def __init__(self, folder: Path, record: dict[str, Any], is_new: bool) -> None:
-        self.folder, self.record, self.is_new = folder, record, is_new
+    def __init__(self, folder: Path, record: dict[str, Any], is_new: bool, was_there: bool = False) -> None:
+        self.folder, self.record, self.is_new, self.was_there = folder, record, is_new, was_there
         #: Whether there is something to keep.
         self.has_stepped = False
         self._over = threading.Event()
@@ -107,9 +108,10 @@ class Run:
         """Records how it ended: ``done``, ``failed`` or ``interrupted``; removes what did not get to its first step."""
         self._over.set()
         if state != "done" and self.is_new and not self.has_stepped:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for path in list(self.folder.iterdir()) if self.was_there else [self.folder]:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             for parent in list(self.folder.parents)[:2]:  # runs/NAME and runs, if nothing else is in them
-                if parent != Path() and parent.is_dir() and not any(parent.iterdir()):
+                if parent.parts[:1] == ("runs",) and parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
         elif self.folder.exists():
             self.record["state"] = state
