@@ -1,6 +1,8 @@
 """Who may import whom, and what importing the package costs."""
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ LAYERS = {
     "samplers": {"types", "datasets"},
     "datamodules": {"types", "datasets", "samplers", "transforms", "distributed"},
     "tasks": {"types", "distributed", "optim", "losses", "metrics", "transforms", "models"},
-    "callbacks": {"types", "metrics", "models", "tasks", "datasets", "datamodules"},
+    "callbacks": {"types", "distributed", "metrics", "models", "tasks", "datasets", "datamodules"},
     "export": {"types", "models", "tasks"},
     "repair": {"types", "metrics", "models", "datasets", "transforms"},
 }
@@ -47,3 +49,37 @@ def test_import_loads_no_heavy_package() -> None:
     code = f"import sys, gmail_lightning; print({heavy} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"
+
+
+HOOKS = ("on_", "setup", "teardown", "configure_", "optimizer_step", "state_dict", "load_state_dict", "transfer_batch")
+
+
+def ours(cls: type) -> bool:
+    return cls.__module__.startswith("gmail_lightning.")
+
+
+def classes() -> list[type]:
+    """Every class of the package."""
+    modules = [p.relative_to(ROOT).with_suffix("").parts for p in FILES if p.stem != "__init__"]
+    found = {}
+    for parts in modules:
+        module = importlib.import_module(".".join(("gmail_lightning", *parts)))
+        found |= {cls: None for _, cls in inspect.getmembers(module, inspect.isclass) if ours(cls)}
+    return list(found)
+
+
+def test_an_override_of_a_hook_calls_that_of_its_base() -> None:
+    """A hook that a base of ours defines checks or restores something, which a subclass must not skip."""
+    overrides, skipping = [], []
+    for cls in classes():
+        for name, function in vars(cls).items():
+            if not name.startswith(HOOKS) or not inspect.isfunction(function):
+                continue
+            bases = [base for base in cls.__mro__[1:] if ours(base) and name in vars(base)]
+            if bases and not getattr(vars(bases[0])[name], "__isabstractmethod__", False):
+                overrides.append(f"{cls.__name__}.{name}")
+                if f"super().{name}(" not in inspect.getsource(function):
+                    skipping.append(overrides[-1])
+    assert "TextToImageTask.on_fit_start" in overrides
+    assert len(overrides) >= 20
+    assert not skipping

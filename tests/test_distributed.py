@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,9 @@ pytestmark = pytest.mark.xdist_group("launches")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     outside = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "MASTER_"))}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        outside["MASTER_PORT"] = str(free.getsockname()[1])
     processes = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(rank), str(folder)],
@@ -93,6 +97,11 @@ def test_rows_are_gathered_in_the_order_of_the_ranks(ranks):
         assert torch.equal(results["gathered"], joined)
 
 
+def test_the_first_process_decides_for_all(ranks):
+    for results in ranks:
+        assert results["decided"] == [{"folder": "made by rank 0"}, "rank 0 does not like it"]
+
+
 def test_one_process_needs_no_collective():
     tensor = torch.randn(3, 2)
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
@@ -126,6 +135,7 @@ def test_two_processes_align_and_validate_as_one(tmp_path: Path) -> None:
         for name, value in one_step.items():
             torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
     compare_captioners(*(values.pop("task") for values in described))
+    compare_faults(*(values.pop("faults") for values in described))
     compare_first_rank(*(values.pop("first rank") for values in described))
     compare_captions(*described)
     seen = [torch.load(tmp_path / f"seen-2-{rank}.pt") for rank in (0, 1)]
@@ -167,6 +177,23 @@ def compare_captions(one, first, second) -> None:
         == messages[2]
         == "id 7 came twice with different captions: ['a man', 'a cat'] and ['a horse', 'a cat']."
     )
+
+
+def compare_faults(one, first, second) -> None:
+    """An error of the first rank, whatever its kind, ends every rank at once with the same message."""
+    assert first == second
+    expected = {
+        "plain": "ZeroDivisionError: by zero",
+        "of the group": "ValueError: a value",
+        "leakage": "KeyError: 'train'",
+        "disk": "OSError: [Errno 28] No space left on device",
+        "fine": "of rank 0",
+        "files": "last.ckpt",
+    }
+    assert expected.items() <= one.items()
+    assert expected.items() <= first.items()
+    assert first["local"].endswith("Local: 1 and 2")
+    assert "pickle" in first["result"]
 
 
 def compare_first_rank(one, first, second) -> None:

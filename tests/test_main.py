@@ -42,7 +42,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("main")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.delenv("GMAIL_LIGHTNING_RUN_DIR", raising=False)
         assert status(["fit", *ALIGN]) == 0
     (made,) = (folder / "runs/emoji-align").iterdir()
     return made
@@ -51,12 +50,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GMAIL_LIGHTNING_RUN_DIR", raising=False)
 
 
 def test_fit_fills_the_run_folder(run: Path) -> None:
     names = {p.name for p in run.iterdir()}
-    assert {"config.yaml", "checkpoints", "csv", "modality_gap.png", "modality_gap.json"} <= names
+    assert {"config.yaml", "run.json", "checkpoints", "csv", "modality_gap.png", "modality_gap.json"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert (run / "modality_gap.png").read_bytes()[:4] == b"\x89PNG"
     gap = json.loads((run / "modality_gap.json").read_text())
@@ -81,14 +79,18 @@ def test_a_checkpoint_of_the_command_line_needs_no_arguments(run: Path) -> None:
 
 def test_resume_goes_on_in_the_folder_and_the_users_values_win(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parents[2])
-    more = ["--trainer.max_steps=4", "--model.init_args.temperature=0.5", "--ckpt_path", "last"]
-    assert status(["fit", *ALIGN, *more]) == 0
+    assert status(["fit", *ALIGN, "--trainer.max_steps=4", "--ckpt_path", "last"]) == 0
     assert [p.name for p in run.parent.iterdir()] == [run.name]
     assert status(["test", *ALIGN, "--ckpt_path", "last"]) == 0  # writes beside, and not over, what training wrote
-    held = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    assert held["global_step"] == 4
-    assert held["hyper_parameters"]["temperature"] == 0.5
-    assert "temperature: 0.5" in (run / "config.yaml").read_text()
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    # Other settings make another run, whatever it starts from.
+    more = ["--trainer.max_steps=5", "--model.init_args.temperature=0.5"]
+    assert status(["fit", *ALIGN, *more, "--ckpt_path", "last"]) == 2
+    assert status(["fit", *ALIGN, *more, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
+    _, other = sorted(run.parent.iterdir())
+    held = torch.load(other / "checkpoints/last.ckpt", weights_only=True)
+    assert (held["global_step"], held["hyper_parameters"]["temperature"]) == (5, 0.5)
+    assert "temperature: 0.5" in (other / "config.yaml").read_text()
 
 
 def test_lightnings_private_names_are_there() -> None:
@@ -143,6 +145,52 @@ def test_refusals_have_a_status_and_a_reason(
     assert answer in capfd.readouterr().err
 
 
+EMOJI = [{"class_path": "EmojiDataset", "init_args": {"hand": hand}} for hand in ("noto", "fluent_flat")]
+ABSENT = [{"class_path": "ManifestDataset", "init_args": {"path": "absent.csv"}}]
+HELD = {"train": EMOJI, "val": {"novel": EMOJI}, "test": {"novel": EMOJI}, "predict": EMOJI}
+READ = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+
+
+def with_data(verb: str, absent: list[str], kind: str = "MixedModalityDataModule", **further: object) -> int:
+    """Status of a verb over data of which some are absent."""
+    named = {name: {"novel": ABSENT} if isinstance(held, dict) else ABSENT for name, held in HELD.items()}
+    settings = {**HELD, **{name: named[name] for name in absent}, **further}
+    if kind == "StreamingDataModule":
+        settings = {k: v for k, v in settings.items() if k != "train"}
+        settings |= {"urls": "absent-{0..3}.tar", "modality": "real", "steps_per_epoch": 1}
+    else:
+        settings["allow_overlap"] = {
+            "novel": {"kinds": ["caption", "image_id", "pixels"], "reason": "the same drawings"}
+        }
+    data = {"class_path": kind, "init_args": {"batch_size": 8, **settings}}
+    model = {"class_path": "AlignmentTask", "init_args": {"encoder": RANDOM, "rank": 2}}
+    trainer = {"accelerator": "cpu", "max_steps": 1, "logger": False, "enable_progress_bar": False}
+    trainer |= {f"limit_{stage}_batches": 1 for stage in ("val", "test", "predict")}
+    Path("own.yaml").write_text(json.dumps({"trainer": trainer, "model": model, "data": data}))
+    return status([verb, "--config", "own.yaml", "--allow_untrained", "true"])
+
+
+@pytest.mark.parametrize("verb", READ)
+def test_only_what_the_verb_reads_is_built(verb: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert with_data(verb, [name for name in HELD if name not in READ[verb]]) == 0
+    kept = next(Path("runs").rglob("config.yaml")).read_text()
+    assert verb == "fit" or "absent.csv" in kept  # the configuration is kept whole
+    for name in READ[verb]:
+        assert with_data(verb, [name]) == 3
+        assert "absent.csv" in capfd.readouterr().err
+
+
+def test_test_reads_the_sets_of_val_where_it_has_none_of_its_own() -> None:
+    assert with_data("test", ["train", "predict"], test=None) == 0
+    assert with_data("test", ["val"], test=None) == 3
+
+
+@pytest.mark.parametrize(("verb", "code"), [("fit", 3), ("validate", 0), ("test", 0), ("predict", 0)])
+def test_only_what_the_verb_reads_is_built_beside_a_stream(verb: str, code: int) -> None:
+    assert with_data(verb, [], "StreamingDataModule") == code
+    assert verb == "fit" or with_data(verb, list(READ[verb]), "StreamingDataModule") == 3
+
+
 def test_untrained_on_purpose(capfd: pytest.CaptureFixture[str]) -> None:
     assert status(["validate", *ALIGN, *UNTRAINED, "--allow_untrained", "true"]) == 0
     assert "val/novel/margin" in capfd.readouterr().out
@@ -193,3 +241,28 @@ def test_exit_status_of_the_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gmail_lightning", "fit", *ALIGN, "--trainer.fast_dev_run=true"]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr
+
+
+def test_the_working_directory_shadows_nothing(tmp_path: Path) -> None:
+    """Names of the standard library, of a dependency and of ours; a class of one's own there is still found."""
+    for name in ("random.py", "datasets.py", "torchmetrics.py", "yaml.py"):
+        (tmp_path / name).write_text("raise RuntimeError('the file of the working directory')")
+    (tmp_path / "mine.py").write_text("from gmail_lightning.tasks import AlignmentTask as Own")
+    own = ["--model.class_path", "mine.Own", "--trainer.fast_dev_run=true"]
+    for command in ([sys.executable, "-m", "gmail_lightning"], [Path(sys.executable).with_name("gmail-lightning")]):
+        answer = subprocess.run(
+            [*command, "fit", *ALIGN, *own], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert answer.returncode == 0, answer.stderr[-2000:]
+
+
+def test_the_limit_of_a_process_group_is_what_we_say() -> None:
+    """Lightning's strategies set it, so that the 600 seconds of NCCL do not apply."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from gmail_lightning.metrics import CocoCaptionScore
+    from gmail_lightning.tasks import CaptioningTask
+
+    assert DDPStrategy()._timeout.total_seconds() == 1800
+    for told in (CaptioningTask.__doc__, CocoCaptionScore.__doc__):
+        assert "1,800 seconds" in " ".join(str(told).split())

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import json
 import sys
 import warnings
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -21,20 +23,31 @@ from gmail_lightning.callbacks import (
     CocoResultWriter,
     DatasetWriter,
     FeatureWriter,
+    LastCheckpoint,
     PredictionWriter,
     ResultsWriter,
     SparseProgress,
 )
 from gmail_lightning.callbacks.generation_plan import Mode
-from gmail_lightning.datamodules import MixedModalityDataModule  # noqa: F401
+from gmail_lightning.datamodules import MixedModalityDataModule
 from gmail_lightning.datasets import DataError
+from gmail_lightning.distributed import decided_once
 from gmail_lightning.hints import hint, import_class
 from gmail_lightning.main import EPILOG
-from gmail_lightning.models.branches import newest_checkpoint
+from gmail_lightning.runs import (
+    RECORD,
+    Decision,
+    Run,
+    RunFiles,
+    make_record,
+    new_folder,
+    refuse_running,
+    run_of_job,
+    run_to_resume,
+    settings_of,
+)
 from gmail_lightning.tasks import BaseTask, CaptioningTask
 
-RUN_DIR = "GMAIL_LIGHTNING_RUN_DIR"  # the launcher's child processes write where their parent does
-CHECKPOINT = "GMAIL_LIGHTNING_CHECKPOINT"  # and resume from what their parent found
 WRITER_FLAGS: dict[str, tuple[Any, str]] = {
     "worker": (str, "i/n makes one of n shares of the images, as an independent process."),
     "mode": (Mode, "make what is missing, begin anew, or add another recipe's images."),
@@ -70,7 +83,7 @@ class GmailCLI(LightningCLI):
             pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=None,  # RunFiles
             parser_kwargs={"description": "Learning from generated images.", "epilog": EPILOG},
             parser_class=Parser,
             args=None if args is None else list(args),
@@ -92,28 +105,35 @@ class GmailCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning merges the checkpoint's hyperparameters over what the user wrote. Here the user's values win."""
 
-    def instantiate_classes(self) -> None:
-        """Builds everything; what a constructor refuses is told in its own words, without the parser's wrapping."""
-        try:
-            super().instantiate_classes()
-        except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-            causes: list[BaseException] = [error]
-            while causes[-1].__cause__ is not None:
-                causes.append(causes[-1].__cause__)
-            data = next((cause for cause in causes if isinstance(cause, DataError)), None)
-            raise data or MisconfigurationException(str(causes[-1])) from error
+    def _set_seed(self) -> None:
+        self._seed_is_given = self._get(self.config, "seed_everything") is not True
+        super()._set_seed()
 
     # Run folders
 
     def before_instantiate_classes(self) -> None:
-        """Chooses the run folder and fills in loggers, checkpoints and progress where the user said nothing."""
+        """Decides on the run folder, and fills in what the user left open."""
+        self._run: Run | None = None  # of the process that decides for all
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
         _set_writer(config)
-        folder = self._run_folder(config)
+        config.name = config.name or _recipe_name(config)
+        decision = decided_once(lambda: self._decide(config), config.trainer.num_nodes)
+        with self._recorded():
+            self._fill_in(config, decision)
+
+    def _fill_in(self, config: Any, decision: Decision) -> None:
+        folder, seed = decision.folder, decision.seed
+        if seed is not False and seed != config.seed_everything:  # of the run that goes on
+            config.seed_everything = pl.seed_everything(seed, workers=True)
+        #: What the run folder keeps, so that it can be run anew; None where nothing is kept.
+        self._kept_config = self._dump(_without_folders(config)) if decision.keeps else None
+        config.ckpt_path = decision.checkpoint
         config.trainer.default_root_dir = str(folder)
         _drop_files_in_checkpoint(config)
+        self._dump_config()  # what a checkpoint records, before the data that this verb does not read are left out
+        _drop_unread_data(config, str(self.subcommand))
         if config.trainer.logger in (None, True):
             config.trainer.logger = [
                 {
@@ -126,27 +146,68 @@ class GmailCLI(LightningCLI):
                 },
             ]
 
-    def _run_folder(self, config: Any) -> Path:
-        if os.environ.get(RUN_DIR) and "LOCAL_RANK" in os.environ:
-            if config.get("ckpt_path") == "last":  # the file that the parent found
-                config.ckpt_path = os.environ[CHECKPOINT]
-            return Path(os.environ[RUN_DIR])
-        if config.trainer.default_root_dir:
-            folder, runs = Path(config.trainer.default_root_dir), Path(config.trainer.default_root_dir)
+    def _dump(self, config: Any, form: str = "yaml") -> str:
+        return str(self._parser(self.subcommand).dump(config, format=form, skip_validation=True))
+
+    def _decide(self, config: Any) -> Decision:
+        """Folder, checkpoint and seed of this run, which begins."""
+        root, verb, checkpoint = config.trainer.default_root_dir, str(self.subcommand), config.get("ckpt_path")
+        runs, is_trial = Path(root) if root else Path("runs") / config.name, bool(config.trainer.fast_dev_run)
+        task = import_class(config.model.class_path)
+        settings = settings_of(json.loads(self._dump(config, "json")), getattr(task, "evaluation_only", frozenset()))
+        wanted = make_record(config.name, verb, settings, config.seed_everything, checkpoint)
+        sought = wanted if self._seed_is_given else {**wanted, "seed": None}
+        found = run_of_job(runs, sought) if verb == "fit" else None
+        if found is None and checkpoint == "last":
+            found = run_to_resume(runs, sought, takes=verb == "fit" and not is_trial)
+        elif found is None and checkpoint and _is_missing_file(checkpoint):
+            raise MisconfigurationException(f"--ckpt_path {checkpoint}: no such file.")
+        if found is not None:
+            wanted["seed"], wanted["checkpoint"] = found.record["seed"], found.checkpoint
+        if found is not None and verb == "fit":
+            folder, is_new, was_there = found.folder, False, True  # it goes on there
+        elif root and found is None:
+            folder, was_there = Path(root), Path(root).exists()
+            is_new = verb == "fit" and not (was_there and any(folder.iterdir()))
+            refuse_running(folder)
         else:
-            runs = Path("runs") / (config.name or _recipe_name(config))
-            folder = runs / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
-        evaluation = "" if self.subcommand == "fit" else f"{self.subcommand}-{datetime.now():%Y%m%d-%H%M%S}"
-        if config.get("ckpt_path") == "last":
-            found = newest_checkpoint(runs)
-            if found is None:
-                raise MisconfigurationException(f"--ckpt_path last: no checkpoints/last.ckpt below {runs}.")
-            config.ckpt_path = os.environ[CHECKPOINT] = str(found)
-            folder = found.parents[1] / evaluation  # a resumed fit goes on in its folder
-        elif config.get("ckpt_path") and _is_missing_file(config.ckpt_path):
-            raise MisconfigurationException(f"--ckpt_path {config.ckpt_path}: no such file.")
-        os.environ[RUN_DIR] = str(folder)
-        return folder
+            parent, prefix = (runs, "") if found is None else (found.folder, f"{verb}-")
+            folder, is_new, was_there = (parent / "trial" if is_trial else new_folder(parent, prefix)), True, False
+        keeps = not is_trial and not (root and verb != "fit" and (folder / RECORD).exists())
+        if keeps:
+            self._run = Run(folder, wanted, is_new, was_there)
+            self._run.begin()
+        return Decision(folder, wanted["checkpoint"], wanted["seed"], keeps)
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Says in the record of the run how it ended, where it ends by an error."""
+        try:
+            yield
+        except BaseException as error:
+            if self._run is not None:
+                self._run.end("failed" if isinstance(error, Exception) else "interrupted")
+            raise
+
+    def instantiate_classes(self) -> None:
+        """Builds everything; what a constructor refuses is told in its own words, without the parser's wrapping."""
+        with self._recorded():
+            try:
+                super().instantiate_classes()
+            except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+                causes: list[BaseException] = [error]
+                while causes[-1].__cause__ is not None:
+                    causes.append(causes[-1].__cause__)
+                data = next((cause for cause in causes if isinstance(cause, DataError)), None)
+                raise data or MisconfigurationException(str(causes[-1])) from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with self._recorded():
+            super()._run_subcommand(subcommand)
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # a process whose peer has gone may be aborted on its way out
+        if self._run is not None:
+            self._run.end("done")
 
     def _instantiate_trainer(self, config: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
         configured = config.get("callbacks") or []
@@ -158,8 +219,13 @@ class GmailCLI(LightningCLI):
             callbacks.append(ResultsWriter())
         if config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else SparseProgress())
-        if config.get("enable_checkpointing") is not False and not _has(given, ModelCheckpoint):
-            callbacks.append(ModelCheckpoint(save_last=True, filename="{step}"))
+        if config.get("enable_checkpointing") is not False and not _has(given, LastCheckpoint):
+            callbacks.append(LastCheckpoint())
+            for one in given:
+                if isinstance(one, ModelCheckpoint) and one.dirpath is None:
+                    one.save_last = None  # it would be the same file, and lag where the monitored value got worse
+        if self._kept_config is not None:
+            callbacks.append(RunFiles(self._run, self._kept_config))
         return super()._instantiate_trainer(config, callbacks)
 
     # Refusals
@@ -187,6 +253,13 @@ class GmailCLI(LightningCLI):
         )
 
 
+def _without_folders(config: Any) -> Any:
+    """The configuration as it can be run anew: no folder of a run in it, which goes by its name."""
+    kept = deepcopy(config)
+    kept.ckpt_path = kept.trainer.default_root_dir = None
+    return kept
+
+
 def _is_missing_file(checkpoint: str) -> bool:
     """Whether it names a local file that is not there; Lightning knows some words and addresses besides."""
     words = ("best", "hpc", "registry")
@@ -207,6 +280,17 @@ def _drop_files_in_checkpoint(config: Any) -> None:
             settings["aligned"] = recorded["aligned"]
         for name in content.get("captioner", {}).get("initial_files", ()):
             captioner.pop(name, None)
+
+
+def _drop_unread_data(config: Any, verb: str) -> None:
+    """Empties what holds data sets that another verb reads, so that they are not built; the names of sets stay."""
+    kind, settings = import_class(config.data.class_path), config.data.get("init_args")
+    if kind is None or not issubclass(kind, MixedModalityDataModule) or settings is None:
+        return
+    for name in kind.unread(verb, {name for name, value in settings.items() if value is not None}):
+        sets = settings.get(name)
+        if sets:
+            settings[name] = {key: [] for key in sets} if isinstance(sets, dict) else []
 
 
 def _set_writer(config: Any) -> None:

@@ -26,7 +26,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments; those of the process by default.
     """
     given, args = args, list(sys.argv[1:] if args is None else args)
-    sys.path.insert(0, os.getcwd())  # a class of one's own in the working directory has an import path
+    if os.getcwd() not in sys.path:  # a class of one's own there has an import path, and shadows nothing
+        sys.path.append(os.getcwd())
     verb = args[0] if args else ""
     if verb == "--version":
         from gmail_lightning import __version__

@@ -3,6 +3,7 @@
 Run as ``python loss_ranks.py RANK FOLDER``; results are left in ``FOLDER/RANK.pt``.
 """
 
+import os
 import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -140,11 +141,28 @@ def refusal(rank):
     return None
 
 
+def decisions(rank):
+    """Two decisions of the first rank, one of them an error, as torchrun starts ranks, before there is a group."""
+
+    def refuse():
+        raise ValueError(f"rank {rank} does not like it")
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1")
+    decided = [distributed.decided_once(lambda: {"folder": f"made by rank {rank}"})]
+    try:
+        distributed.decided_once(refuse)
+    except ValueError as error:
+        decided.append(str(error))
+    return decided
+
+
 def main(rank, folder):
+    decided = decisions(rank)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
     batch = [tensor[mine] for tensor in joined_batch()]
     results = {"rank": distributed.rank(), "world_size": distributed.world_size(), "refusal": refusal(rank)}
+    results["decided"] = decided
     results["gathered"] = distributed.gather_rows(batch[0].T.contiguous().T)  # strides other than those of rows
     for name, (loss, trained) in CASES.items():
         results[name] = backward(DistributedDataParallel(TwoTowers(loss, trained)), batch)

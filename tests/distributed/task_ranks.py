@@ -8,6 +8,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
@@ -15,9 +16,10 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from gmail_lightning.callbacks import FeatureWriter
-from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
+from gmail_lightning.callbacks import FeatureWriter, LastCheckpoint
+from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule, leakage
 from gmail_lightning.datasets import EmojiDataset
+from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.metrics import (
     CaptionStatistics,
     CocoCaptionScore,
@@ -223,6 +225,47 @@ def first_rank_values(rank: int) -> dict[str, object]:
     return values
 
 
+def shared_faults(trainer: pl.Trainer, folder: Path) -> dict[str, str]:
+    """What every rank is told of errors of the first one: of any kind, in our helper and where it is used."""
+
+    class Local(Exception):  # cannot be pickled
+        def __init__(self, first: int, second: int) -> None:
+            super().__init__(f"{first} and {second}")
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    def leak(*args: object) -> None:
+        raise KeyError("train" if trainer.is_global_zero else "a rank that should not have looked")
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    last = LastCheckpoint()
+    works = {
+        "plain": lambda: on_first_rank(lambda: fail(ZeroDivisionError("by zero")), trainer),
+        "of the group": lambda: on_first_rank(lambda: fail(ValueError("a value"))),
+        "local": lambda: on_first_rank(lambda: fail(Local(1, 2)), trainer),
+        "result": lambda: on_first_rank(lambda: lambda: 0, trainer),
+        "leakage": lambda: leakage.check_on_one_process(trainer, [EmojiDataset("noto", "novel")], {}, {}),
+        "disk": lambda: last._save(trainer),
+    }
+    told = {}
+    with (
+        mock.patch.object(leakage, "check_leakage", leak),
+        mock.patch.object(trainer.strategy.checkpoint_io, "save_checkpoint", full),
+    ):
+        for name, work in works.items():
+            try:
+                work()
+            except Exception as error:
+                told[name] = f"{type(error).__name__}: {error}"
+    told["fine"] = on_first_rank(lambda: f"of rank {trainer.global_rank}", trainer)
+    last._save(trainer)
+    told["files"] = ", ".join(sorted(path.name for path in (folder / "checkpoints").iterdir()))
+    return told
+
+
 def main(devices: int, folder: Path) -> None:
     pl.seed_everything(0)
     task = Counting(OpenCLIPEncoder(config=TINY, merges="emoji"), targets=("q", "v", "fc1"), generated_text_weight=0.5)
@@ -237,11 +280,13 @@ def main(devices: int, folder: Path) -> None:
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
     trainer.fit(task, data)
+    faults = shared_faults(trainer, folder)
     embed(devices, folder, sets["novel"])
     metrics = metric_values(torch.arange(11)[trainer.global_rank :: devices])
     torch.save(task.seen, folder / f"seen-{devices}-{trainer.global_rank}.pt")
     captions = caption_values(torch.arange(11)[trainer.global_rank :: devices], folder)
     captions["first rank"] = first_rank_values(trainer.global_rank)
+    captions["faults"] = faults
     captions["task"] = describe(devices, folder)
     if devices > 1:
         captions["accumulated"] = describe(devices, folder, accumulate=2)["weights"]

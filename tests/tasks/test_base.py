@@ -1,9 +1,13 @@
 """What every task promises: metrics per set, small checkpoints that fit, refusals."""
 
 import re
+from enum import StrEnum
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -195,3 +199,68 @@ def test_evaluation_is_logged_per_set_and_counts_every_image_once(tmp_path: Path
     g, r = features(flat), features(noto)
     assert flat.pair_id.tolist() == noto.pair_id.tolist()
     assert task.results["novel"]["paired_cosine"] == pytest.approx(float((g * r).sum(1).mean()), abs=5e-3)
+
+
+class Colour(StrEnum):
+    RED = "red"
+
+
+class Mine(RetrievalTask):
+    """Arguments of every kind beside those of its base."""
+
+    def __init__(self, encoder, head=None, data=None, rate=1.0, where=None, colour=None, weights=None, fn=None, odd=()):
+        super().__init__(encoder)
+        self.head = head or nn.Linear(2, 2).requires_grad_(False)
+
+
+class Saving(RetrievalTask):
+    """Saves its arguments itself, as Lightning's examples do, and hands others on."""
+
+    def __init__(self, head, rate=1.0, data=None, where=None, colour=None, weights=None, fn=None, odd=(), **others):
+        super().__init__(**others)
+        self.head = head
+        self.save_hyperparameters()
+
+
+class Data(MixedModalityDataModule):
+    def __init__(self, train, augmentation=None, note=None):
+        super().__init__(train, batch_size=16, augmentation=augmentation)
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize("kind", [Mine, Saving])
+def test_no_live_argument_lands_in_a_checkpoint(tmp_path: Path, kind: type[Mine]) -> None:
+    head = nn.Linear(2, 2).requires_grad_(False)
+    datasets = [EmojiDataset(hand, "paired") for hand in ("noto", "fluent_flat")]
+    plain = {"rate": np.float64(0.5), "where": Path("a/b"), "colour": Colour.RED, "weights": torch.ones(2)}
+    live = {"data": datasets, "fn": lambda x: x, "odd": [1, (head, 2)]}
+    task = kind(encoder=tiny(), head=head, **plain, **live)
+    assert not {"head", "encoder", *live} & set(task.hparams)
+    run = trainer(tmp_path)
+    run.fit(task, Data(datasets, augmentation=nn.Identity(), note=np.int64(3)))
+    task.hparams["later"] = head  # whoever writes into them
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    held = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    settings = held["hyper_parameters"]
+    assert {"rate": 0.5, "where": "a/b", "colour": "red"}.items() <= settings.items()
+    assert torch.equal(settings["weights"], torch.ones(2))
+    assert not {"head", "encoder", "later", *live} & set(settings)
+    assert held["datamodule_hyper_parameters"] == {"note": 3}
+    again = kind.load_from_checkpoint(tmp_path / "a.ckpt", encoder=tiny(), head=head)
+    assert again.head is head
+    trainer(tmp_path, max_steps=4).fit(task, Data(datasets), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_task_without_an_encoder_refuses_cached_features() -> None:
+    """What ``BaseTask.on_fit_start`` looks at, in a task whose own ``on_fit_start`` comes first."""
+    from gmail_lightning.tasks import TextToImageTask
+
+    class Stored:
+        feature_stores: ClassVar = [{"path": "features/coco"}]
+
+    task = TextToImageTask.__new__(TextToImageTask)
+    nn.Module.__init__(task)
+    task.ema, task._trainer = None, SimpleNamespace(datamodule=Stored())
+    task._fabric = None
+    with pytest.raises(MisconfigurationException, match=r"TextToImageTask reads pixels.*features/coco"):
+        task.on_fit_start()

@@ -1,5 +1,6 @@
 """Tasks that follow an alignment: the branch they take over, what they train, and what their checkpoints hold."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -240,3 +241,25 @@ def test_a_schedule_of_another_length_than_the_run_is_told(fitted, recwarn) -> N
 
     assert run(50) == ["The schedule is 50 steps long and the run 1: set both (scheduler.max_steps)."]
     assert run(1) == []
+
+
+def test_a_checkpoint_says_which_alignment_it_took(aligned, tmp_path: Path) -> None:
+    recorded = torch.load(aligned.path, weights_only=True)
+    digest = hashlib.sha256()
+    for name in sorted(k for k in recorded["state_dict"] if ".lora.image." in k or "generated_projection" in k):
+        digest.update(name.removeprefix("encoder.").encode())
+        digest.update(recorded["state_dict"][name].numpy().tobytes())
+    expected = {"path": str(aligned.path), "step": 1, "digest": digest.hexdigest()[:12]}
+    assert "alignment" not in recorded
+
+    task = RetrievalTask(tiny_encoder(), aligned=str(aligned.path), text_side="projection")
+    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(task, emoji_data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["alignment"] == expected
+
+    again = RetrievalTask(tiny_encoder(), aligned=task.encoder.settings, text_side="projection")  # needs no file
+    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    trainer.fit(again, emoji_data(), ckpt_path=tmp_path / "a.ckpt")
+    trainer.save_checkpoint(tmp_path / "b.ckpt")
+    assert torch.load(tmp_path / "b.ckpt", weights_only=True)["alignment"] == expected

@@ -4,6 +4,7 @@ from gmail_lightning.callbacks.caption_gallery import CaptionGallery
 from gmail_lightning.callbacks.caption_results import CocoResultWriter
 from gmail_lightning.callbacks.dataset_writer import DatasetWriter
 from gmail_lightning.callbacks.feature_writer import FeatureWriter
+from gmail_lightning.callbacks.last_checkpoint import LastCheckpoint
 from gmail_lightning.callbacks.modality_gap import ModalityGapReport
 from gmail_lightning.callbacks.predictions import PredictionWriter
 from gmail_lightning.callbacks.progress import SparseProgress
@@ -17,6 +18,7 @@ __all__ = [
     "CollapseGuard",
     "DatasetWriter",
     "FeatureWriter",
+    "LastCheckpoint",
     "ModalityGapReport",
     "PredictionWriter",
     "ResultsWriter",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
+from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.types import ImageTextBatch, Modality
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2 ** 64 / golden ratio: multiples of it, modulo 2 ** 64, spread evenly
@@ -120,9 +122,13 @@ class CaptionGallery(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes a page for every set."""
+        if not _is_trial(trainer):
+            on_first_rank(partial(self._write_all, trainer), trainer)
+        self._rows = {}
+
+    def _write_all(self, trainer: Trainer) -> None:
         for name, rows in self._rows.items():
             self._write(trainer, name, rows)
-        self._rows = {}
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As ``on_validation_end``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from gmail_lightning.datamodules import MixedModalityDataModule
 from gmail_lightning.datamodules.rows import EvaluationRows
 from gmail_lightning.datasets.base import DataError, one_line
 from gmail_lightning.datasets.shards import temporary
+from gmail_lightning.distributed import on_first_rank
 
 
 class CocoResultWriter(Callback):
@@ -53,8 +55,8 @@ class CocoResultWriter(Callback):
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, MixedModalityDataModule):
             _refuse_shared_ids(data.predict_rows())
-        if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
-            self._file.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is known now
+        if not cast(Any, trainer).fast_dev_run:  # what cannot be written is known now
+            on_first_rank(partial(self._file.parent.mkdir, parents=True, exist_ok=True), trainer)
 
     def on_predict_batch_end(
         self,
@@ -89,8 +91,8 @@ class CocoResultWriter(Callback):
             rows = [[] for _ in range(trainer.world_size)]
             dist.gather_object(self._rows, rows if trainer.is_global_zero else None)
         self._rows = []
-        if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
-            _write([row for share in rows for row in share], self._file)
+        if not cast(Any, trainer).fast_dev_run:
+            on_first_rank(partial(_write, [row for share in rows for row in share], self._file), trainer)
 
 
 def _refuse_shared_ids(rows: EvaluationRows) -> None:

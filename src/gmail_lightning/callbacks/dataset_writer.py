@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -31,6 +32,7 @@ from gmail_lightning.datasets.audit import NEAR_DISTANCE
 from gmail_lightning.datasets.image_names import recipe_id
 from gmail_lightning.datasets.shard_writer import BackgroundWriter, ImageFormat
 from gmail_lightning.datasets.shards import CARD, MANIFEST, ShardStore
+from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.tasks.image_generation import ImageGenerationTask, ScoredImages
 from gmail_lightning.types import PromptBatch
 
@@ -144,9 +146,7 @@ class DatasetWriter(Callback):
         made = how_made(self._recipe, storage, pl_module.describe_scorer())
         refuse_other_folder(self.store, self.mode, made, data.split)  # on every rank alike
         trainer.strategy.barrier("DatasetWriter: the folder was looked at")
-        if trainer.is_global_zero:
-            plan_images(self.store, self.mode, made, data.split, keys)
-        trainer.strategy.barrier("DatasetWriter: the plan was written")
+        on_first_rank(partial(plan_images, self.store, self.mode, made, data.split, keys), trainer)
         plan = self.store.read_plan()
         world, first = trainer.world_size, self.worker * trainer.world_size
         shares = [range(first + rank, len(plan.shards), self.num_workers * world) for rank in range(world)]

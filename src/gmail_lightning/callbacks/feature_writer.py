@@ -31,6 +31,7 @@ from gmail_lightning.datasets.feature_files import (
     write_part,
     write_record,
 )
+from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.models.fingerprint import fingerprint_difference, probe_difference
 from gmail_lightning.tasks.embedding import EmbeddingTask
 from gmail_lightning.types import Modality
@@ -97,9 +98,7 @@ class FeatureWriter(Callback):
         }
         self._refuse_folder()  # on every rank alike
         trainer.strategy.barrier("FeatureWriter: the folder was looked at")
-        if trainer.is_global_zero:
-            self._prepare_folder()
-        trainer.strategy.barrier("FeatureWriter: the folder is ready")
+        on_first_rank(self._prepare_folder, trainer)
         missing = np.flatnonzero(~finished_rows(self.folder, len(self._rows)))
         trainer.strategy.barrier("FeatureWriter: the parts were counted")
         rank_zero_info(f"{self.folder}: {len(self._rows)} images, of which {len(missing)} are to be embedded.")
@@ -184,8 +183,9 @@ class FeatureWriter(Callback):
         """Waits for all processes; the first then makes the store."""
         self._flush()
         trainer.strategy.barrier("FeatureWriter: all parts are written")
-        if not trainer.is_global_zero:
-            return
+        on_first_rank(self._merge, trainer)
+
+    def _merge(self) -> None:
         missing = len(self._rows) - int(finished_rows(self.folder, len(self._rows)).sum())
         if missing:
             rank_zero_info(

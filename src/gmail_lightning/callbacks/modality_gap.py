@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
+from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.metrics import ModalityGap
 from gmail_lightning.tasks import BaseTask
 
@@ -104,8 +106,10 @@ class ModalityGapReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the table, draws the figure, writes the JSON file."""
-        if cast(Any, trainer).fast_dev_run or not trainer.is_global_zero:
-            return
+        if not cast(Any, trainer).fast_dev_run:
+            on_first_rank(partial(self._report, trainer, cast(BaseTask, pl_module)), trainer)
+
+    def _report(self, trainer: Trainer, task: BaseTask) -> None:
         if self._step is None or self._before_pairs is None or self._pairs is None:
             rank_zero_warn(
                 "No comparison of before and after: there was no validation after the first step. Let one fall on the "
@@ -114,7 +118,7 @@ class ModalityGapReport(Callback):
             return
         if self._step != trainer.global_step:
             rank_zero_warn(f"The last validation was at step {self._step} of {trainer.global_step}.")
-        after = cast(BaseTask, pl_module).results
+        after = task.results
         rank_zero_info(format_table(self.before, after))
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)

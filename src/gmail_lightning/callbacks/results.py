@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from gmail_lightning.callbacks.modality_gap import ModalityGapReport, require_validation_before
+from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.tasks import BaseTask
 
 Results = dict[str, dict[str, float]]  # value by evaluation set and name
@@ -71,8 +73,10 @@ class ResultsWriter(Callback):
 
     def _write(self, trainer: Trainer, task: BaseTask) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: on every rank
-        if cast(Any, trainer).fast_dev_run or not trainer.is_global_zero:
-            return
+        if not cast(Any, trainer).fast_dev_run:
+            on_first_rank(partial(self._write_into, folder, trainer, task), trainer)
+
+    def _write_into(self, folder: Path, trainer: Trainer, task: BaseTask) -> None:
         verb = cast(TrainerFn, trainer.state.fn)
         of_fit = verb == TrainerFn.FITTING
         when = {"step": trainer.global_step} if of_fit else {"checkpoint": str(trainer.ckpt_path or "")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from lightning.pytorch import Trainer
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from gmail_lightning.datamodules.overlap import PIXEL_DISTANCE, shared_captions, shared_image_ids, shared_pictures
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
+from gmail_lightning.distributed import on_first_rank
 
 Kind = Literal["caption", "image_id", "pixels"]
 KINDS: tuple[Kind, ...] = ("caption", "image_id", "pixels")
@@ -139,17 +141,8 @@ def check_on_one_process(
     """
     if not train:
         return
-    found: list[Overlap] = []
-    fault: str | None = None
-    if trainer is None or trainer.is_global_zero:
-        try:
-            found = check_leakage(train, evaluation, allow_overlap)
-        except DataError as error:
-            fault = str(error)
-    if trainer is not None:
-        fault = trainer.strategy.broadcast(fault)
-    if fault is not None:
-        raise DataError(fault)
+    check = partial(check_leakage, train, evaluation, allow_overlap)
+    found = check() if trainer is None else on_first_rank(check, trainer)
     for overlap in found:
         rank_zero_info(f"Leakage: {overlap}.")
     if trainer is not None and found:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -73,6 +73,11 @@ class MixedModalityDataModule(LightningDataModule):
         input_spec: For use without a task.
     """
 
+    #: Arguments that hold data sets, by the verbs that read them; ``fit`` compares its rows with those of ``test``.
+    DATASETS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "train": ("fit",), "val": ("fit", "validate"), "test": ("fit", "test"), "predict": ("predict",)
+    }  # fmt: skip
+
     def __init__(
         self,
         train: list[ImageTextDataset] | ImageTextDataset | None = None,
@@ -112,6 +117,17 @@ class MixedModalityDataModule(LightningDataModule):
         self.only_predict: np.ndarray | None = None
         self._sampler: MixedModalitySampler | None = None
         self._progress = _fresh_progress()
+
+    @classmethod
+    def unread(cls, verb: str, given: Collection[str]) -> list[str]:
+        """Names of the arguments whose data sets a verb does not read, so that the command line does not build them.
+
+        Args:
+            verb: ``fit``, ``validate``, ``test`` or ``predict``.
+            given: Names of the arguments that are not None.
+        """
+        names = [name for name, verbs in cls.DATASETS.items() if verb not in verbs]
+        return [name for name in names if not (verb == "test" and name == "val" and "test" not in given)]
 
     @property
     def eval_sets(self) -> dict[str, list[str]]:
@@ -178,7 +194,7 @@ class MixedModalityDataModule(LightningDataModule):
         """
         if not self.datasets["train"]:
             raise DataError("No training data: give the data module data sets under train.")
-        _tell(self.datasets["train"])
+        tell(self.datasets["train"])
         table = RowTable(self.datasets["train"])
         num_replicas, rank = self._replicas()
         try:
@@ -231,7 +247,7 @@ class MixedModalityDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[ImageTextBatch]:
         """Returns the loader of ``predict``."""
         rows = self.predict_rows()
-        _tell(self.datasets["predict"], need_captions=False)
+        tell(self.datasets["predict"], need_captions=False)
         return self._loader(rows if self.only_predict is None else Subset(rows, self.only_predict.tolist()), None)
 
     def predict_rows(self) -> EvaluationRows:
@@ -245,7 +261,7 @@ class MixedModalityDataModule(LightningDataModule):
         return EvaluationRows(RowTable(self.datasets["predict"]), self._spec())
 
     def _evaluation_loader(self, datasets: list[ImageTextDataset], name: str) -> DataLoader[ImageTextBatch]:
-        _tell(datasets)
+        tell(datasets)
         return self._loader(EvaluationRows(RowTable(datasets), self._spec(), name), name)
 
     def _loader(self, rows: EvaluationRows | Subset[ImageTextBatch], name: str | None) -> DataLoader[ImageTextBatch]:
@@ -326,7 +342,7 @@ class MixedModalityDataModule(LightningDataModule):
             self._sampler.start_batch = epoch * steps + step
 
 
-def _tell(datasets: list[ImageTextDataset], need_captions: bool = True) -> None:
+def tell(datasets: list[ImageTextDataset], need_captions: bool = True) -> None:
     """Shows what the data sets have left out.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from gmail_lightning.datamodules.leakage import AllowedOverlap, check_leakage, refuse_unknown_sets
+from gmail_lightning.datamodules.leakage import AllowedOverlap, Kind, check_leakage, refuse_unknown_sets
+from gmail_lightning.datamodules.mixed_modality import tell
 from gmail_lightning.datamodules.overlap import picture_hashes
 from gmail_lightning.datamodules.prompt_table import PromptBatches, PromptTable
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
+from gmail_lightning.distributed import on_first_rank
 
 
 class PromptDataModule(LightningDataModule):
@@ -94,6 +97,7 @@ class PromptDataModule(LightningDataModule):
             raise MisconfigurationException(f"PromptDataModule feeds predict, not {stage}.")
         if not any(map(len, self.captions)):
             raise DataError("Nothing to generate: give the data module data sets under captions.")
+        tell(self.captions)
         self._check_leakage()
         self._table = PromptTable(self.captions, self.images_per_caption, self.captions_per_row, self.prompt_template)
         self._warn_of_shared_pairs(self._table)
@@ -123,17 +127,10 @@ class PromptDataModule(LightningDataModule):
                 "Images for training are checked against the evaluation sets before the first is made: name these "
                 "under evaluation ({} says that there are none). For evaluation pairs, give split another name."
             )
-        fault: str | None = None
-        if self.trainer is None or self.trainer.is_global_zero:
-            try:
-                found = check_leakage(self.captions, self.evaluation, self.allow_overlap, ("caption", "image_id"))
-                self.leakage = [str(overlap) for overlap in found] or ["No evaluation sets were named."]
-            except DataError as error:
-                fault = str(error)
-        if self.trainer is not None:
-            fault = self.trainer.strategy.broadcast(fault)
-        if fault is not None:
-            raise DataError(fault)
+        kinds: list[Kind] = ["caption", "image_id"]
+        check = partial(check_leakage, self.captions, self.evaluation, self.allow_overlap, kinds)
+        found = check() if self.trainer is None else on_first_rank(check, self.trainer)
+        self.leakage = [str(overlap) for overlap in found] or ["No evaluation sets were named."]
         for line in self.leakage:
             rank_zero_info(f"Leakage: {line}")
 

@@ -153,6 +153,7 @@ class StreamingDataModule(MixedModalityDataModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Counts the samples that were broken."""
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
         if self.trainer is not None and self.trainer.training and batch.get("replaced_reason"):
             self._count_broken(batch["replaced_reason"], self.trainer.current_epoch)
         return batch

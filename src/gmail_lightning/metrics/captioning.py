@@ -12,12 +12,11 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from gmail_lightning.distributed import rank
+from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.metrics.java_tools import JavaError, ptb_tokenize_java, spice_scores
 from gmail_lightning.metrics.meteor import meteor_scores
 from gmail_lightning.metrics.ngrams import NGRAM_METRICS, ReferenceNgrams, ngram_scores
@@ -64,7 +63,7 @@ class CocoCaptionScore(Metric):
         prefix: Put before the name of every value.
         tokenizer: "java", the reference; "python", which needs no Java; "auto", the first where it runs.
         timeout: Seconds that all Java programs together may take in one ``compute``. Other ranks wait so long, and
-            NCCL gives up after 600 seconds unless told otherwise.
+            the process group gives up after 1,800 seconds unless told otherwise.
 
     Raises:
         ValueError: If a metric or the tokenizer is unknown, or the timeout is not above 0.
@@ -134,7 +133,8 @@ class CocoCaptionScore(Metric):
         rows, ids = self._rows()
         if not rows:
             return {}
-        scores = self._on_rank_zero(lambda: self._score(_distinct(rows, ids)))
+        score = partial(self._score_distinct, rows, ids)
+        scores = on_first_rank(score) if self._is_synced else score()
         self.image_ids = np.unique(ids) if len(ids) else np.arange(len(rows))
         self.reasons, self.tokenizer_used, self.per_image = (
             {self.prefix + name: reason for name, reason in scores.reasons.items()},
@@ -154,20 +154,8 @@ class CocoCaptionScore(Metric):
         starts = np.cumsum(num_references + 1).tolist()
         return [captions[a:b] for a, b in zip([0, *starts[:-1]], starts, strict=True)] if starts else [], ids
 
-    def _on_rank_zero(self, compute: Callable[[], CaptionScores]) -> CaptionScores:
-        """What ``compute`` returns or raises on rank 0, on every rank, if the ranks have exchanged their rows."""
-        if not self._is_synced:
-            return compute()
-        box: list[CaptionScores | Exception | None] = [None]
-        if rank() == 0:
-            try:
-                box = [compute()]
-            except Exception as error:
-                box = [error]
-        dist.broadcast_object_list(box, src=0)
-        if isinstance(box[0], CaptionScores):
-            return box[0]
-        raise box[0] or RuntimeError("rank 0 sent no scores")
+    def _score_distinct(self, rows: list[list[str]], ids: np.ndarray) -> CaptionScores:
+        return self._score(_distinct(rows, ids))
 
     def _score(self, rows: list[list[str]]) -> CaptionScores:
         scores, deadline = CaptionScores(), time.monotonic() + self.timeout

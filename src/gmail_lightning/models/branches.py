@@ -26,6 +26,7 @@ class Branches(NamedTuple):
     text_settings: dict[str, Any]  # of TEXT_SETTINGS
     state: dict[str, Tensor]
     base: dict[str, Any]  # fingerprint of the plain encoder
+    step: int | None  # of the run that wrote it
 
     def check(self, encoder: ImageEncoder) -> None:
         """Refuses an encoder that the checkpoint was not trained on.
@@ -65,7 +66,7 @@ def read_branches(path: str | Path) -> Branches:
     of_images, of_texts = (
         {n: settings[n] for n in names if n in settings} for names in (IMAGE_SETTINGS, TEXT_SETTINGS)
     )
-    return Branches(Path(path), settings, of_images, of_texts, state, base)
+    return Branches(Path(path), settings, of_images, of_texts, state, base, content.get("global_step"))
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:

@@ -105,3 +105,37 @@ def revision_of(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return f"digest-{digest.hexdigest()}"
+
+
+def refuse_settings(
+    pipeline: Any, size: tuple[int, int] | None, negative_prompt: str | None, options: dict[str, Any]
+) -> None:
+    """Asks the pipeline for what it would refuse at its first call, without making an image.
+
+    Args:
+        pipeline: Of diffusers.
+        size: Height and width in pixels; None for its own.
+        negative_prompt: For every image.
+        options: Further arguments of its call.
+
+    Raises:
+        ValueError: In the words of the pipeline, or if it would round the size.
+    """
+    kind = type(pipeline).__name__
+    processor = getattr(pipeline, "image_processor", None)
+    step = 1 if processor is None else int(getattr(processor.config, "vae_scale_factor", 1))
+    if size is not None and (min(size) < 1 or size[0] % step or size[1] % step):
+        raise ValueError(f"size={size[0]}x{size[1]}: {kind} makes images whose height and width divide by {step}.")
+    if not hasattr(pipeline, "check_inputs"):
+        return
+    side = 8 * step  # of no consequence: any that it accepts
+    height, width = size or (side, side)
+    known = {"prompt": "a prompt", "prompt_2": None, "prompt_3": None, "callback_steps": 1, "prompt_embeds": None}
+    known |= {"height": height, "width": width, "negative_prompt": negative_prompt, **options}
+    parameters = inspect.signature(pipeline.check_inputs).parameters
+    if any(name not in known and p.default is p.empty for name, p in parameters.items()):
+        return  # it asks for what only a call has
+    try:
+        pipeline.check_inputs(**{name: known[name] for name in parameters if name in known})
+    except ValueError as error:
+        raise ValueError(f"{kind} refuses size={size}, options={options}: {error}") from error

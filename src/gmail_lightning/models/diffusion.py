@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import GeneratedImages, ImageGenerator
-from gmail_lightning.models.diffusers_loading import build_scheduler, find_pipeline, load_pipeline, revision_of
+from gmail_lightning.models.diffusers_loading import (
+    build_scheduler,
+    find_pipeline,
+    load_pipeline,
+    refuse_settings,
+    revision_of,
+)
 from gmail_lightning.types import ImageSpec, TextSpec
 
 
@@ -63,7 +69,7 @@ class DiffusersGenerator(ImageGenerator):
         fresh: Components that are built from their configuration with random weights, to be trained.
 
     Raises:
-        ValueError: If the pipeline takes no text, or a name is unknown.
+        ValueError: If the pipeline takes no text, a name is unknown, or it refuses the size or an option.
         OSError: If nothing can be loaded from ``pretrained``.
     """
 
@@ -108,6 +114,7 @@ class DiffusersGenerator(ImageGenerator):
         unknown = [name for name, value in given.items() if value is not None and name not in accepted]
         if unknown:
             raise ValueError(f"{type(self._pipeline).__name__} takes no {', '.join(unknown)}. It takes: {[*accepted]}.")
+        refuse_settings(self._pipeline, self.size, negative_prompt, self.options)
         #: The networks of the pipeline by its own names, so that they move and are stored with this module.
         self.parts = nn.ModuleDict({k: v for k, v in self._pipeline.components.items() if isinstance(v, nn.Module)})
         self.requires_grad_(False).eval()

@@ -81,7 +81,8 @@ class ModalityEncoder(DualEncoder):
             encoder.requires_grad_(False)
         self.encoder = encoder.eval()
         self.real_path, self.text_side = real_path, text_side
-        self.origin = ""  # the file that the adapters are from
+        #: Which alignment the adapters are from: ``path``, ``step`` and ``digest`` of its checkpoint; None for none.
+        self.alignment: dict[str, Any] | None = None
         self.settings = {
             "rank": rank, "alpha": alpha, "targets": list(targets), "real_path": real_path, "projection": projection
         }  # fmt: skip
@@ -215,8 +216,8 @@ class ModalityEncoder(DualEncoder):
         )
         if self.generated_projection is not None:
             generated += " and a projection"
-        if self.origin:
-            generated += f", as in {self.origin}"
+        if self.alignment is not None:
+            generated += f", as in {self.alignment['path']}"
         trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         return (
             f"Real images: {self.real_path} path. Generated images: {generated}. Text side: {self.text_side}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
@@ -71,7 +72,10 @@ def _as_aligned(encoder: ImageEncoder, aligned: str, text: dict[str, Any], has_t
     if absent:
         raise ValueError(f"{path}: lacks the adapters {absent[:4]}.")
     model.load_state_dict({name: recorded.state[name] for name in names}, strict=False)
-    model.origin = str(path)
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode() + recorded.state[name].float().numpy().tobytes())
+    model.alignment = {"path": str(path), "step": recorded.step, "digest": digest.hexdigest()[:12]}
     return model
 
 

@@ -75,6 +75,8 @@ class BaseTask(SmallCheckpoints, ABC):
     batch_contrastive: ClassVar[bool] = False
     #: True where ``compute_losses`` weighs the rows by ``batch["weight"]``.
     uses_weights: ClassVar[bool] = False
+    #: Arguments that training does not read: a run may be evaluated, or resumed, with others.
+    evaluation_only: ClassVar[frozenset[str]] = frozenset()
     #: Block whose patch tokens the task reads where features are cached; None for pooled features.
     feature_layer: int | None = None
     encoder: ImageEncoder
@@ -175,8 +177,15 @@ class BaseTask(SmallCheckpoints, ABC):
 
     def _check_feature_stores(self, trains: bool) -> None:
         stores = getattr(getattr(self.trainer, "datamodule", None), "feature_stores", [])
-        if stores:
-            refuse_other_features(self.encoder, stores, self.feature_layer, trains)
+        if not stores:
+            return
+        encoder = getattr(self, "encoder", None)
+        if encoder is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} reads pixels and has no encoder that cached features could be of. Give the "
+                f"data set of {stores[0]['path']} without its store."
+            )
+        refuse_other_features(encoder, stores, self.feature_layer, trains)
 
     def _step(self, batch: ImageTextBatch, stage: str) -> Tensor:
         if "weight" in batch and not self.uses_weights:

@@ -55,8 +55,9 @@ class CaptioningTask(BaseTask):
         length_penalty: Captions are ranked by log-probability / length ** length_penalty.
         min_unique_captions: An evaluation with a smaller share of different captions warns of a collapse.
         java_timeout: Seconds that the Java tools of one evaluation set and modality may take together. Other ranks wait
-            so long, and NCCL gives up after 600 seconds unless told otherwise; SPICE of thousands of images needs more
-            than the default at its first run.
+            so long, and the process group gives up after 1,800 seconds unless told otherwise (NCCL's own 600 do not
+            apply: Lightning sets its limit). SPICE of thousands of images needs more than the default at its first
+            run.
         optimizer: See ``BaseTask``.
         scheduler: See ``BaseTask``.
         warmup_steps: See ``BaseTask``.
@@ -68,6 +69,9 @@ class CaptioningTask(BaseTask):
     """
 
     uses_weights = True
+    evaluation_only = frozenset(
+        {"metrics", "num_beams", "max_new_tokens", "length_penalty", "min_unique_captions", "java_timeout"}
+    )
     encoder: ModalityEncoder
 
     def __init__(

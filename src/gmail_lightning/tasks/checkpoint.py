@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import PurePath
+from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin, _given_hyperparameters
+from lightning.pytorch.utilities.parsing import collect_init_args
+from torch import Tensor
 
 from gmail_lightning.models.base import ImageEncoder
 from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
 from gmail_lightning.models.modality import ModalityEncoder, is_adapter_key
 
-PLAIN = (str, int, float, bool, type(None))
+#: What ``torch.load(weights_only=True)`` reads back, by exact type: a subclass goes by the name of its class.
+PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device, torch.Size, Tensor)
+_LIVE = object()
 
 
-def _is_plain(value: Any) -> bool:
+def _plain(value: Any) -> Any:
+    """The value as a checkpoint holds it: numbers, texts, tensors, and collections of them; else ``_LIVE``."""
+    if type(value) in PLAIN:
+        return value.detach() if isinstance(value, Tensor) else value
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Enum):
+        return _plain(value.value)
     if isinstance(value, (list, tuple)):
-        return all(_is_plain(v) for v in value)
-    if isinstance(value, dict):
-        return all(_is_plain(v) for v in value.values())
-    return isinstance(value, PLAIN)
+        parts = [_plain(part) for part in value]
+        whole = all(part is not _LIVE for part in parts)
+        return (parts if isinstance(value, list) else tuple(parts)) if whole else _LIVE
+    if isinstance(value, Mapping):
+        items = [(_plain(key), _plain(part)) for key, part in value.items()]
+        return dict(items) if all(part is not _LIVE for item in items for part in item) else _LIVE
+    return _LIVE
 
 
 class SmallCheckpoints(LightningModule):
@@ -39,17 +59,28 @@ class SmallCheckpoints(LightningModule):
     def record_hyperparameters(self) -> None:
         """Call it first in a constructor, after ``super().__init__()``: saves the arguments of that constructor.
 
-        What the command line recorded is plain and rebuilds the task without arguments. Where it recorded nothing (a
-        task built in Python) live objects are kept out: pass them to ``load_from_checkpoint`` again.
+        Those of a subclass's constructor, too. What the command line recorded is plain and rebuilds the task without
+        arguments. Where it recorded nothing (a task built in Python) live objects are kept out: pass them to
+        ``load_from_checkpoint`` again.
         """
         frame = inspect.currentframe()
-        frame = frame.f_back if frame else None
-        live = (
-            []
-            if _given_hyperparameters.get()
-            else [k for k, v in (frame.f_locals if frame else {}).items() if not _is_plain(v)]
-        )
-        self.save_hyperparameters(ignore=live, frame=frame)
+        self.save_hyperparameters(frame=frame.f_back if frame else None)
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: Sequence[str] | str | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """As Lightning's, which would copy live objects: modules, data sets, functions. Here they are kept out."""
+        here = inspect.currentframe()
+        frame = frame or (here.f_back if here else None)
+        given = _given_hyperparameters.get()
+        levels = collect_init_args(frame, [], classes=(HyperparametersMixin,)) if frame and given is None else []
+        live = [name for level in levels for name, value in level.items() if _plain(value) is _LIVE]
+        ignored = [ignore] if isinstance(ignore, str) else list(ignore or ())
+        super().save_hyperparameters(*args, ignore=[*ignored, *live], frame=frame, logger=logger)
 
     def _kept_keys(self) -> set[str]:
         """Keys of the state that a checkpoint holds."""
@@ -78,12 +109,19 @@ class SmallCheckpoints(LightningModule):
         return base if base["weights"] else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drops frozen tensors and adds the fingerprint of the encoder they belong to."""
+        """Drops frozen tensors and live arguments; adds the fingerprint of the frozen encoder, and the alignment."""
+        for key in (self.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
+            if isinstance(checkpoint.get(key), dict):
+                plain = {name: _plain(value) for name, value in checkpoint[key].items()}
+                checkpoint[key] = {name: value for name, value in plain.items() if value is not _LIVE}
         kept = self._kept_keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         settings = checkpoint.get("hyper_parameters", {})
         if isinstance(settings.get("aligned"), str) and isinstance(self.encoder, ModalityEncoder):
             settings["aligned"] = self.encoder.settings  # the adapters themselves are in the state
+        alignment = getattr(getattr(self, "encoder", None), "alignment", None)
+        if alignment is not None:
+            checkpoint["alignment"] = alignment
         base = self._frozen_base(kept)
         if base is not None:
             checkpoint["base_fingerprint"] = base
@@ -109,6 +147,9 @@ class SmallCheckpoints(LightningModule):
                 f"{unknown or 'nothing'}. Were rank, targets or projection changed?"
             )
         self._refuse_other_settings(checkpoint.get("hyper_parameters", {}))
+        encoder: Any = getattr(self, "encoder", None)
+        if isinstance(encoder, ModalityEncoder):  # its adapters are those of the checkpoint now
+            encoder.alignment = checkpoint.get("alignment")
         recorded = checkpoint.get("base_fingerprint")
         if recorded is None:
             return

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
+from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.losses.diffusion import PredictionType, denoising_loss, min_snr_weight
 from gmail_lightning.models.diffusion import DiffusersGenerator
 from gmail_lightning.tasks.base import BaseTask
@@ -167,6 +169,7 @@ class TextToImageTask(BaseTask):
 
     def on_fit_start(self) -> None:
         """Brings the average to the device of the weights."""
+        super().on_fit_start()
         if self.ema is not None:
             self.ema.to(self.device)
 
@@ -179,8 +182,7 @@ class TextToImageTask(BaseTask):
     def on_train_end(self) -> None:
         """Writes the pipeline."""
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "pipeline"
-        if self.trainer.is_global_zero:
-            self.save_pipeline(folder)
+        on_first_rank(partial(self.save_pipeline, folder), self.trainer)
         rank_zero_info(f"Pipeline: {folder}")
 
     # Evaluation
