@@ -12,7 +12,7 @@ import numpy as np
 from gmail_lightning.datasets.base import DataError, ModalityName
 from gmail_lightning.datasets.ids import stable_ids
 from gmail_lightning.datasets.image_folder import ClassImages, given_names
-from gmail_lightning.datasets.protocols import CLASS_PROTOCOLS, compare_counts
+from gmail_lightning.datasets.protocols import CLASS_PROTOCOLS, compare_counts, subset_of
 from gmail_lightning.transforms.text import prompt_class_names, prompt_templates
 
 SetName = Literal["caltech101", "dtd", "fgvc_aircraft", "food101", "imagenet", "oxford_pets", "stanford_cars", "sun397"]
@@ -35,7 +35,7 @@ class ClassificationDataset(ClassImages):
             torchvision does not split, also ``all``.
         modality: ``real``, or ``generated`` where the folder holds generated images in the same layout.
         class_names: Other names than the published ones; see ``ImageFolder``.
-        check_counts: Whether classes and images must be as many as published.
+        subset: Whether classes and images may be others than published; ``summary`` says so.
 
     Raises:
         DataError: If files are missing, a class has no published name, or the counts differ.
@@ -49,7 +49,7 @@ class ClassificationDataset(ClassImages):
         split: str | None = None,
         modality: ModalityName = "real",
         class_names: list[str] | dict[str, str] | str | Path | None = None,
-        check_counts: bool = True,
+        subset: bool = False,
     ) -> None:
         if name not in CLASS_PROTOCOLS:
             raise ValueError(f"Unknown set {name!r}. Known: {', '.join(CLASS_PROTOCOLS)}.")
@@ -67,10 +67,10 @@ class ClassificationDataset(ClassImages):
         files = [path.relative_to(self.root).as_posix() for path in paths]
         if not files:
             raise DataError(f"{place}: split {split!r} has no images.")
-        if check_counts:
+        expected = {"classes": protocol.classes, "images": protocol.images[split]}
+        if not subset:
             found = {"classes": len(classes), "images": len(files)}
-            expected = {"classes": protocol.classes, "images": protocol.images[split]}
-            fix = f"Unpack the whole archive for the split {split!r}, or set check_counts=False for another set."
+            fix = f"Unpack the whole archive for the split {split!r}, or say subset=True."
             compare_counts(place, name, found, expected, fix)
         order = sorted(range(len(files)), key=files.__getitem__)  # torchvision's may be that of the file system
         self.class_names = given_names(place, classes, class_names) or published_names(name, classes)
@@ -79,7 +79,7 @@ class ClassificationDataset(ClassImages):
         self.image_id = stable_ids(f"{modality}/{file}" for file in self._files)
         self.split = "train" if split in ("train", "trainval") else split
         self.summary = (
-            f"{place}: {'protocol' if check_counts else 'not checked against protocol'} {name}, split {split}{note}: "
+            f"{place}: {subset_of(expected) if subset else ''}protocol {name}, split {split}{note}: "
             f"{len(classes):,} classes, {len(files):,} images, {len(self.templates)} prompts; CLIP reports "
             f"{protocol.metric}."
         )
