@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import sys
 import warnings
@@ -43,7 +45,14 @@ WRITER_FLAGS: dict[str, tuple[Any, str]] = {
 
 
 class Parser(LightningArgumentParser):
-    """Adds to an error what would have been accepted."""
+    """Adds to an error what would have been accepted, and keeps null what is null."""
+
+    def parse_args(self, args: Any = None, *further: Any, **settings: Any) -> Any:
+        """As jsonargparse, which hands an option of a class within a class on as the text of a Python value.
+
+        ``--model.init_args.encoder.init_args.model_name null`` would be the word None.
+        """
+        return super().parse_args(None if args is None else [_as_json(arg) for arg in args], *further, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exits with status 2; without the hundred lines of usage that would hide the message."""
@@ -185,6 +194,16 @@ class GmailCLI(LightningCLI):
             "trains (the adapters of an aligner, the weights of an encoder) is as it was initialised. Give "
             "--ckpt_path, or --allow_untrained true for that baseline; of an aligner it is the frozen encoder."
         )
+
+
+def _as_json(arg: str) -> str:
+    """An option whose value is written as a Python None, list or dictionary, with that value in JSON."""
+    key, is_option, text = arg.partition("=")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return arg
+    return f"{key}={json.dumps(value)}" if is_option and isinstance(value, (type(None), list, dict)) else arg
 
 
 def _is_missing_file(checkpoint: str) -> bool:
