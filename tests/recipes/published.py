@@ -57,6 +57,13 @@ def options(text: str) -> list[str]:
     return [word for option in found for word in option]
 
 
+def rivals(name: str) -> list[list[str]]:
+    """The overlays that a header offers to compare with, each with a name for its runs."""
+    files = re.findall(r"(?:recipes/rivals/)?(\w+)\.yaml", header(name)["Rivals"])
+    assert files
+    return [["--config", f"recipes/rivals/{file}.yaml", "--name", f"{name}-{file}"] for file in files]
+
+
 def overrides(values: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
 
@@ -80,20 +87,61 @@ def subsets(name: str) -> dict[str, Any]:
     return {f"data.init_args.{stage}": value for stage, value in changed.items() if value != data[stage]}
 
 
-def run(verb: str, name: str, given: Mapping[str, Any], *more: str, before: str | Path | None = None) -> None:
-    """Runs the header's command with another verb, for two steps where it is ``fit``.
+def arguments(name: str, given: Mapping[str, Any], *more: str, before: str | Path | None = None) -> list[str]:
+    """The header's command behind its verb, two steps long, with local weights.
 
     Args:
-        verb: Of the command line.
         name: The recipe.
         given: Further values, by their dotted names.
-        *more: Arguments that the header names itself.
+        *more: Arguments that the header names itself; they win over its command.
         before: The run that FILE stands for.
     """
     words = [str(before) if word == "FILE" else word for word in command(name)[1:]]
-    workers = {"data.init_args.num_workers": 0} if "num_workers" in recipe(name)["data"]["init_args"] else {}
-    values = {**HERE, **workers, **subsets(name), **(STEPS if "max_steps" in recipe(name)["trainer"] else {}), **given}
-    assert status([verb, *words, *more, *overrides(values)]) == 0, (verb, name)
+    content = recipe(name)
+    settings = content["data"]["init_args"]
+    sizes = {"num_workers": 0, "eval_batch_size": 8}
+    small = {f"data.init_args.{key}": size for key, size in sizes.items() if key in settings}
+    steps = STEPS if "max_steps" in content["trainer"] else {}
+    accumulated = {"trainer.accumulate_grad_batches": 1} if "accumulate_grad_batches" in content["trainer"] else {}
+    return [*words, *more, *overrides({**small, **steps, **accumulated, **subsets(name), **given})]
+
+
+def run(verb: str, name: str, given: Mapping[str, Any], *more: str, before: str | Path | None = None) -> None:
+    """Runs the header's command with a verb, on this machine; arguments as ``arguments``."""
+    assert status([verb, *arguments(name, {**HERE, **given}, *more, before=before)]) == 0, (verb, name)
+
+
+def follow(name: str, given: Mapping[str, Any], *more: str, before: str | Path | None = None) -> Path:
+    """Fits, tests and predicts, the last two from the checkpoint of the first; returns the folder of the run."""
+    run("fit", name, given, *more, before=before)
+    folder = newest(f"runs/gmail-{name}")
+    run("test", name, given, *more, "--ckpt_path", "last", before=before)
+    data = recipe(name)["data"]["init_args"]
+    shown = {} if "predict" in data else {"data.init_args.predict": next(iter(evaluation(name).values()))}
+    run("predict", name, {**given, **shown}, *more, "--ckpt_path", "last", before=before)
+    assert len(list(folder.glob("test-*/test_results.json"))) == 1, sorted(folder.rglob("*"))
+    assert list(folder.glob("predict-*/captions.json")) or list(folder.glob("predict-*/predictions-0.pt"))
+    return folder
+
+
+def evaluation(name: str) -> dict[str, Any]:
+    """The sets of a recipe that are evaluated, real rows alone."""
+    changed = subsets(name).get("data.init_args.val", recipe(name)["data"]["init_args"]["val"])
+    return {key: [one for one in rows if one["class_path"] != "TarShards"] for key, rows in changed.items()}
+
+
+def exported(folder: Path, *more: str) -> None:
+    """Exports a run, and loads what was written by open_clip alone."""
+    import open_clip
+    import torch
+
+    out = folder / "exported"
+    assert status(["export", str(folder / "checkpoints/last.ckpt"), "--to", "open_clip", "--out", str(out), *more]) == 0
+    model = open_clip.create_model(f"local-dir:{out}")
+    size = model.visual.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    with torch.no_grad():
+        assert model.encode_image(torch.rand(1, 3, height, width)).isfinite().all()
 
 
 def status(args: list[str]) -> int:

@@ -78,9 +78,7 @@ def coco(data: Path) -> str:
         number, name = entry["cocoid"], f"{entry['cocoid']:012d}.jpg"
         url = {"coco_url": f"http://images.cocodataset.org/val2017/{name}", "flickr_url": "", "license": 4}
         images.append({"file_name": name, "height": 40, "width": 48, "date_captured": "", "id": number, **url})
-        annotations += [
-            {"image_id": number, "id": one["sentid"], "caption": one["raw"]} for one in entry["sentences"]
-        ]
+        annotations += [{"image_id": number, "id": one["sentid"], "caption": one["raw"]} for one in entry["sentences"]]
         write(data / "coco/val2017" / name, jpeg(entry["imgid"]))
     about = {"info": {"year": 2017, "version": "1.0"}, "licenses": [{"id": 4, "name": "Attribution License"}]}
     content = {**about, "images": images, "annotations": annotations}

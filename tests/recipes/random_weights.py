@@ -105,7 +105,13 @@ def llava(folder: Path, clip: Path) -> Path:
 
     torch.manual_seed(0)
     tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 16}
-    vision = {"model_type": "clip_vision_model", **tower, "image_size": 336, "patch_size": 14, "hidden_act": "quick_gelu"}
+    vision = {
+        "model_type": "clip_vision_model",
+        **tower,
+        "image_size": 336,
+        "patch_size": 14,
+        "hidden_act": "quick_gelu",
+    }
     text = {"model_type": "llama", **_llama(vocab_size=VOCABULARY + 1)}
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=VOCABULARY)
     model = LlavaForConditionalGeneration(config)

@@ -10,11 +10,12 @@ import published_data
 import pytest
 import random_weights
 import tiny_pipelines
-from published import HERE, command, header, newest, options, overrides, recipe, run, status, subsets
+from published import exported, follow, header, options, recipe, rivals, run
 
 from gmail_lightning.main import recipes_folder
 
 pytestmark = pytest.mark.slow
+FEW = {"data.init_args.batch_size": 4}
 B32 = {"model.init_args.encoder.init_args.pretrained": "weights/ViT-B-32.pt"}
 
 
@@ -63,10 +64,29 @@ def generate(out: str, *more: str, **given: Any) -> None:
 def aligned_b32(generated: None) -> Path:
     """Step 2, for ViT-B/32."""
     random_weights.open_clip_file(Path("weights/ViT-B-32.pt"), "ViT-B-32-quickgelu")
-    run("fit", "align_vitb32_coco", {**B32, "data.init_args.batch_size": 4})
-    return newest("runs/gmail-align_vitb32_coco")
+    return follow("align_vitb32_coco", {**B32, **FEW})
+
+
+@pytest.fixture(scope="session")
+def gpt2(here: Path) -> dict[str, Any]:
+    random_weights.gpt2(Path("weights/gpt2"))
+    return {
+        "model.init_args.captioner.init_args.language_model": "weights/gpt2",
+        "model.init_args.max_new_tokens": 8,
+        **FEW,
+    }
 
 
 @pytest.mark.xdist_group("published-b32")
 def test_align_vitb32_coco(aligned_b32: Path) -> None:
+    exported(aligned_b32)
     assert (aligned_b32 / "modality_gap.json").exists()
+
+
+@pytest.mark.xdist_group("published-b32")
+def test_caption_clipcap_vitb32_coco(aligned_b32: Path, gpt2: dict[str, Any]) -> None:
+    name = "caption_clipcap_vitb32_coco"
+    assert "recipes/gmail/align_vitb32_coco.yaml" in header(name)["Before"]
+    follow(name, {**B32, **gpt2}, before=aligned_b32)
+    for rival in rivals(name):
+        run("fit", name, {**B32, **gpt2}, *rival, before=aligned_b32)
