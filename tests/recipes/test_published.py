@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 import published_data
+import pyarrow.parquet as pq
 import pytest
 import random_weights
 import tiny_pipelines
-from published import exported, follow, header, options, recipe, rivals, run
+import yaml
+from published import exported, follow, header, newest, options, recipe, rivals, run, subsets
 
 from gmail_lightning.main import recipes_folder
 
 pytestmark = pytest.mark.slow
 FEW = {"data.init_args.batch_size": 4}
+SHORT = {"trainer.limit_val_batches": 1, "trainer.num_sanity_val_steps": 0}
 B32 = {"model.init_args.encoder.init_args.pretrained": "weights/ViT-B-32.pt"}
 
 
@@ -89,4 +92,136 @@ def test_caption_clipcap_vitb32_coco(aligned_b32: Path, gpt2: dict[str, Any]) ->
     assert "recipes/gmail/align_vitb32_coco.yaml" in header(name)["Before"]
     follow(name, {**B32, **gpt2}, before=aligned_b32)
     for rival in rivals(name):
-        run("fit", name, {**B32, **gpt2}, *rival, before=aligned_b32)
+        run("fit", name, {**B32, **gpt2, **SHORT}, *rival, before=aligned_b32)
+        overlay_holds(rival)
+
+
+def overlay_holds(rival: list[str]) -> None:
+    """The overlay, and not the alignment that the header's command names, is what its run was of."""
+    overlay = yaml.safe_load(Path(rival[1]).read_text())
+    used = yaml.safe_load((newest(f"runs/{rival[3]}") / "config.yaml").read_text())
+    for part, settings in overlay.items():
+        for key, value in settings["init_args"].items():
+            assert used[part]["init_args"][key] == value, (rival, key)
+
+
+@pytest.mark.xdist_group("published-b32")
+def test_generate_sd2_coco(generated: None) -> None:
+    for split, captions in (("train", 6 * 5), ("val", 3 * 5)):
+        folder = Path("data/coco_generated") / split
+        assert pq.read_table(folder / "manifest.parquet").num_rows == captions
+        assert (folder / "README.md").exists()
+    generate("data/coco_tried/train", *options(header("generate_sd2_coco")["Try"]))
+    assert pq.read_table("data/coco_tried/train-dry-run/manifest.parquet").num_rows == 8
+    several = header("generate_sd2_coco")["Several"]
+    for worker in re.findall(r"--worker (\d)/8", several):
+        generate("data/coco_shared/train", "--worker", f"{worker}/8")
+    assert several.endswith("--worker 0/8 ... --worker 7/8")
+
+
+@pytest.mark.xdist_group("published-b32")
+def test_text_to_image_sd15_coco(here: Path) -> None:
+    name = "text_to_image_sd15_coco"
+    tiny_pipelines.build("sd", Path("weights/sd15"))
+    small = {
+        "model.init_args.generator.init_args.pretrained": "weights/sd15",
+        "model.init_args.generator.init_args.num_inference_steps": 2,
+        **FEW,
+    }
+    run("fit", name, small)
+    pipeline = newest(f"runs/gmail-{name}") / "pipeline"
+    assert "`pretrained` of the generator in generate_sd2_coco.yaml" in header(name)["Then"]
+    generate("data/coco_adapted/train", **{"model.init_args.generator.init_args.pretrained": str(pipeline)})
+    run("fit", name, small, *options(header(name)["Try"]))
+
+
+@pytest.fixture(scope="session")
+def b16(here: Path) -> dict[str, Any]:
+    random_weights.open_clip_file(Path("weights/ViT-B-16.pt"), "ViT-B-16-quickgelu")
+    return {"model.init_args.encoder.init_args.pretrained": "weights/ViT-B-16.pt", **FEW}
+
+
+@pytest.fixture(scope="session")
+def aligned_b16(generated: None, b16: dict[str, Any]) -> Path:
+    return follow("align_vitb16_coco", b16)
+
+
+@pytest.mark.xdist_group("published-b16")
+def test_align_vitb16_coco(aligned_b16: Path) -> None:
+    exported(aligned_b16)
+
+
+@pytest.mark.xdist_group("published-b16")
+def test_retrieval_vitb16_coco(aligned_b16: Path, b16: dict[str, Any]) -> None:
+    name = "retrieval_vitb16_coco"
+    folder = follow(name, b16, before=aligned_b16)
+    exported(folder, "--branch", "real")
+    run("test", name, b16, before=aligned_b16)  # the plain CLIP row
+    for rival in rivals(name):
+        run("fit", name, {**b16, **SHORT}, *rival, before=aligned_b16)
+        overlay_holds(rival)
+
+
+@pytest.mark.xdist_group("published-b16")
+def test_linear_probe_vitb16_imagenet(aligned_b16: Path, b16: dict[str, Any]) -> None:
+    name = "linear_probe_vitb16_imagenet"
+    published_data.imagenet(Path("data"))
+    few = {**b16, "trainer.limit_val_batches": 2, "trainer.limit_test_batches": 2, "trainer.limit_predict_batches": 1}
+    follow(name, few, before=aligned_b16)
+    compared = header(name)["Compare"]
+    for option in (options(compared)[:2], options(compared)[2:]):
+        run("fit", name, few, *option, before=aligned_b16)
+
+
+@pytest.fixture(scope="session")
+def sharegpt4v(generated: None) -> None:
+    """ShareGPT4V, Urban1k, and images of the captions of the training split."""
+    published_data.sharegpt4v(Path("data"))
+    first = recipe("long_retrieval_vitb16_sharegpt4v")["data"]["init_args"]["train"][0]
+    generate(
+        "data/sharegpt4v_generated/train",
+        **{"data.init_args.captions": [{**first, "init_args": first["init_args"] | {"subset": True}}]},
+    )
+
+
+LONG_FEW = {
+    "trainer.limit_val_batches": 2,
+    "trainer.limit_test_batches": 2,
+    "trainer.limit_predict_batches": 1,
+    "data.init_args.eval_batch_size": 4,
+}
+
+
+@pytest.mark.xdist_group("published-b16")
+def test_long_retrieval_vitb16_sharegpt4v(sharegpt4v: None, b16: dict[str, Any]) -> None:
+    name = "long_retrieval_vitb16_sharegpt4v"
+    pairs = {"data.init_args.train": subsets(name)["data.init_args.train"]}
+    assert "`train` the two data sets below" in header(name)["Before"]
+    run("fit", "align_vitb16_coco", {**b16, **pairs}, "--name", "aligned-long")
+    folder = follow(name, {**b16, **LONG_FEW}, before=newest("runs/aligned-long"))
+    exported(folder, "--branch", "real")
+    run("fit", name, {**b16, **LONG_FEW}, *options(header(name)["Try"]), before="runs/aligned-long")
+
+
+@pytest.fixture(scope="session")
+def longclip(here: Path) -> Path:
+    """Long-CLIP's file where the recipes have it."""
+    return random_weights.open_clip_file(Path("weights/longclip-B.pt"), "ViT-B-16-quickgelu", 248)
+
+
+@pytest.mark.xdist_group("published-b16")
+def test_long_retrieval_longclip_sharegpt4v(sharegpt4v: None, longclip: Path) -> None:
+    name = "long_retrieval_longclip_sharegpt4v"
+    pairs = {"data.init_args.train": subsets(name)["data.init_args.train"]}
+    before = header(name)["Before"]
+    run("fit", "align_vitb16_coco", {**FEW, **pairs}, *options(before), "--name", "aligned-longclip-share")
+    folder = follow(name, {**FEW, **LONG_FEW}, before=newest("runs/aligned-longclip-share"))
+    exported(folder, "--branch", "real")
+
+
+@pytest.mark.xdist_group("published-b16")
+def test_retrieval_longclip_coco(generated: None, longclip: Path) -> None:
+    name = "retrieval_longclip_coco"
+    run("fit", "align_vitb16_coco", FEW, *options(header(name)["Before"]), "--name", "aligned-longclip")
+    folder = follow(name, FEW, before=newest("runs/aligned-longclip"))
+    exported(folder, "--branch", "real")
