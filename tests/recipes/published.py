@@ -53,8 +53,8 @@ def command(name: str) -> list[str]:
 
 def options(text: str) -> list[str]:
     """The options that a sentence of a header names, with their values."""
-    found = re.findall(r"(--[a-z][\w.]+) ([^\s;,]+)", text)
-    return [word for option in found for word in option]
+    found = re.findall(r"(--[a-z][\w.]+) ('[^']*'|[^\s;,]+)", text)
+    return [word for option, value in found for word in (option, value.strip("'").rstrip(".:"))]
 
 
 def rivals(name: str) -> list[list[str]]:
