@@ -21,16 +21,24 @@ SHALLOW_L14 = {
 }
 
 
-def open_clip_file(path: Path, model: str | dict[str, Any], context_length: int | None = None) -> Path:
-    """State dict of a CLIP in half precision, as OpenAI's and Long-CLIP's files are."""
+def open_clip_file(path: Path, model: str | dict[str, Any]) -> Path:
+    """State dict of a CLIP in half precision, as OpenAI's files are."""
     import open_clip
 
     torch.manual_seed(0)
-    config = dict(open_clip.get_model_config(model) if isinstance(model, str) else model)
-    if context_length:
-        config["text_cfg"] = {**config["text_cfg"], "context_length": context_length}
+    config = open_clip.get_model_config(model) if isinstance(model, str) else model
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({key: value.half() for key, value in open_clip.CLIP(**config).state_dict().items()}, path)
+    return path
+
+
+def long_clip_file(path: Path) -> Path:
+    """State dict of Long-CLIP-B/16: two tables of 248 positions, and what says which rows of each count."""
+    state = torch.load(open_clip_file(path, "ViT-B-16-quickgelu"), weights_only=True)
+    words = state["positional_embedding"].shape[1]
+    mask = torch.zeros(248, 1).index_fill(0, torch.arange(20), 1)
+    tables = {"positional_embedding": torch.randn(248, words), "positional_embedding_res": torch.randn(248, words)}
+    torch.save({**state, **tables, "mask1": mask, "mask2": 1 - mask}, path)
     return path
 
 

@@ -209,7 +209,7 @@ def test_long_retrieval_vitb16_sharegpt4v(sharegpt4v: None, b16: dict[str, Any])
 @pytest.fixture(scope="session")
 def longclip(here: Path) -> Path:
     """Long-CLIP's file where the recipes have it."""
-    return random_weights.open_clip_file(Path("weights/longclip-B.pt"), "ViT-B-16-quickgelu", 248)
+    return random_weights.long_clip_file(Path("weights/longclip-B.pt"))
 
 
 @pytest.mark.xdist_group("published-b16")
