@@ -21,7 +21,7 @@ from gmail_lightning.main import recipes_folder
 
 pytestmark = pytest.mark.slow
 FEW = {"data.init_args.batch_size": 4}
-SHORT = {"trainer.limit_val_batches": 1, "trainer.num_sanity_val_steps": 0}
+SHORT = {"trainer.limit_val_batches": 1}
 B32 = {"model.init_args.encoder.init_args.pretrained": "weights/ViT-B-32.pt"}
 
 
