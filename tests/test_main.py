@@ -106,7 +106,7 @@ def test_lightnings_private_names_are_there() -> None:
         (["--model.init_args.encoder.init_args.model_name", "null"], "model_name: null"),
         (["--model.init_args.encoder.init_args.model_name=null"], "model_name: null"),
         (['--model.init_args.encoder.init_args.config={"a": null, "b": [true, "None"]}'], "a: null"),
-        (['--model.init_args.encoder.init_args.config={"a": null, "b": [true, "None"]}'], "- 'None'\n"),
+        (['--model.init_args.encoder.init_args.config={"a": null, "b": [true, "None"]}'], "- None\n"),
         (["--model.init_args.temperature", "null"], "temperature: null"),
     ],
 )

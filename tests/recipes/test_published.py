@@ -22,7 +22,6 @@ from gmail_lightning.main import recipes_folder
 pytestmark = pytest.mark.slow
 FEW = {"data.init_args.batch_size": 4}
 SHORT = {"trainer.limit_val_batches": 1}
-B32 = {"model.init_args.encoder.init_args.pretrained": "weights/ViT-B-32.pt"}
 
 
 @pytest.fixture(scope="session")
@@ -67,20 +66,31 @@ def generate(out: str, *more: str, **given: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def aligned_b32(generated: None) -> Path:
-    """Step 2, for ViT-B/32."""
+def b32(here: Path) -> dict[str, Any]:
     random_weights.open_clip_file(Path("weights/ViT-B-32.pt"), "ViT-B-32-quickgelu")
-    return follow("align_vitb32_coco", {**B32, **FEW})
+    return {"model.init_args.encoder.init_args.pretrained": "weights/ViT-B-32.pt", **FEW}
+
+
+@pytest.fixture(scope="session")
+def aligned_b32(generated: None, b32: dict[str, Any]) -> Path:
+    """Step 2, for ViT-B/32."""
+    return follow("align_vitb32_coco", b32)
 
 
 @pytest.fixture(scope="session")
 def gpt2(here: Path) -> dict[str, Any]:
+    """Of a captioner, what makes it small."""
     random_weights.gpt2(Path("weights/gpt2"))
     return {
         "model.init_args.captioner.init_args.language_model": "weights/gpt2",
         "model.init_args.max_new_tokens": 8,
         **FEW,
     }
+
+
+@pytest.fixture(scope="session")
+def clipcap_b32(b32: dict[str, Any], gpt2: dict[str, Any]) -> dict[str, Any]:
+    return {**b32, **gpt2}
 
 
 @pytest.mark.xdist_group("published-b32")
@@ -90,12 +100,12 @@ def test_align_vitb32_coco(aligned_b32: Path) -> None:
 
 
 @pytest.mark.xdist_group("published-b32")
-def test_caption_clipcap_vitb32_coco(aligned_b32: Path, gpt2: dict[str, Any]) -> None:
+def test_caption_clipcap_vitb32_coco(aligned_b32: Path, clipcap_b32: dict[str, Any]) -> None:
     name = "caption_clipcap_vitb32_coco"
     assert "recipes/gmail/align_vitb32_coco.yaml" in header(name)["Before"]
-    follow(name, {**B32, **gpt2}, before=aligned_b32)
+    follow(name, clipcap_b32, before=aligned_b32)
     for rival in rivals(name):
-        run("fit", name, {**B32, **gpt2, **SHORT}, *rival, before=aligned_b32)
+        run("fit", name, {**clipcap_b32, **SHORT}, *rival, before=aligned_b32)
         overlay_holds(rival)
 
 
@@ -335,7 +345,7 @@ def test_siglip_coco(generated: None, gpt2: dict[str, Any]) -> None:
 
 
 @pytest.mark.xdist_group("published-b32")
-def test_caption_clipcap_flux_coco(aligned_b32: Path, gpt2: dict[str, Any]) -> None:
+def test_caption_clipcap_flux_coco(aligned_b32: Path, b32: dict[str, Any], clipcap_b32: dict[str, Any]) -> None:
     name = "caption_clipcap_flux_coco"
     said = header(name)["Data"]
     assert "num_inference_steps: 4, guidance_scale: 0.0" in said
@@ -346,23 +356,31 @@ def test_caption_clipcap_flux_coco(aligned_b32: Path, gpt2: dict[str, Any]) -> N
         **{f"model.init_args.generator.init_args.{key}": value for key, value in generator.items()},
     )
     pairs = {"data.init_args.train": recipe(name)["data"]["init_args"]["train"]}
-    run("fit", "align_vitb32_coco", {**B32, **FEW, **pairs}, "--name", "aligned-flux")
-    follow(name, {**B32, **gpt2}, before=newest("runs/aligned-flux"))
-    run("test", name, {**B32, **gpt2}, "--ckpt_path", "last", before=aligned_b32)  # another generator's branch
+    run("fit", "align_vitb32_coco", {**b32, **pairs}, "--name", "aligned-flux")
+    follow(name, clipcap_b32, before=newest("runs/aligned-flux"))
+    run("test", name, clipcap_b32, "--ckpt_path", "last", before=aligned_b32)  # another generator's branch
 
 
-@pytest.mark.parametrize("name", ["align_vitb32_coco", "caption_clipcap_vitb32_coco", "retrieval_vitb16_coco"])
-@pytest.mark.xdist_group("published-b32")
-def test_two_processes(name: str, aligned_b32: Path, gpt2: dict[str, Any], request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("name", "weights", "before"),
+    [
+        pytest.param("align_vitb32_coco", "b32", None, marks=pytest.mark.xdist_group("published-b32")),
+        pytest.param(
+            "caption_clipcap_vitb32_coco", "clipcap_b32", "aligned_b32", marks=pytest.mark.xdist_group("published-b32")
+        ),
+        pytest.param("retrieval_vitb16_coco", "b16", "aligned_b16", marks=pytest.mark.xdist_group("published-b16")),
+    ],
+)
+def test_two_processes(
+    name: str, weights: str, before: str | None, generated: None, request: pytest.FixtureRequest
+) -> None:
     """The header's command for several devices, with two processes on the CPU in place of every GPU."""
     several = header(name)["Several"]
     assert several.startswith("--config recipes/trainer/ddp.yaml --data.init_args.batch_size")
-    weights, before = B32, aligned_b32
-    if "vitb16" in name:
-        weights, before = request.getfixturevalue("b16"), request.getfixturevalue("aligned_b16")
-    given = {**weights, **(gpt2 if "clipcap" in name else FEW), **SHORT, "trainer.precision": "32-true"}
+    given = {**request.getfixturevalue(weights), **SHORT, "trainer.precision": "32-true"}
+    followed = None if before is None else request.getfixturevalue(before)
     run_name = ["--name", f"two-{name}"]
-    words = arguments(name, given, "--config", "recipes/trainer/cpu2.yaml", *run_name, before=before)
+    words = arguments(name, given, "--config", "recipes/trainer/cpu2.yaml", *run_name, before=followed)
     done = subprocess.run(
         [sys.executable, "-m", "gmail_lightning", "fit", *words], capture_output=True, text=True, timeout=500
     )
