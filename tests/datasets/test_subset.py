@@ -75,3 +75,11 @@ def test_a_subset_is_of_something(tmp_path: Path) -> None:
     (tmp_path / "captions.json").write_text(json.dumps(COCO))
     with pytest.raises(ValueError, match="subset=True: of no protocol"):
         CocoCaptions(tmp_path / "captions.json", tmp_path, subset=True)
+
+
+@pytest.mark.parametrize("protocol", ["flickr30k_full", "sharegpt4v_1k", "urban1k", "caltech101"])
+def test_the_earlier_name_of_the_switch(protocol: str, tmp_path: Path) -> None:
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert READERS[protocol](tmp_path, check_counts=False).summary == READERS[protocol](tmp_path, subset=True).summary

@@ -36,6 +36,7 @@ class ClassificationDataset(ClassImages):
         modality: ``real``, or ``generated`` where the folder holds generated images in the same layout.
         class_names: Other names than the published ones; see ``ImageFolder``.
         subset: Whether classes and images may be others than published; ``summary`` says so.
+        check_counts: False is the earlier name of ``subset=True``.
 
     Raises:
         DataError: If files are missing, a class has no published name, or the counts differ.
@@ -50,7 +51,9 @@ class ClassificationDataset(ClassImages):
         modality: ModalityName = "real",
         class_names: list[str] | dict[str, str] | str | Path | None = None,
         subset: bool = False,
+        check_counts: bool = True,
     ) -> None:
+        subset = subset or not check_counts
         if name not in CLASS_PROTOCOLS:
             raise ValueError(f"Unknown set {name!r}. Known: {', '.join(CLASS_PROTOCOLS)}.")
         protocol = CLASS_PROTOCOLS[name]

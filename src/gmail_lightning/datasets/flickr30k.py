@@ -29,6 +29,7 @@ class Flickr30k(CaptionRows):
         modality: ``real``, or ``generated`` where the folder holds generated images under the same names.
         split: ``test``, ``val``, ``train``, or ``full``.
         subset: Whether images and captions may be others than published; ``summary`` says so.
+        check_counts: False is the earlier name of ``subset=True``.
 
     Raises:
         DataError: If the file is missing, malformed, or of another split, or the counts differ.
@@ -41,7 +42,9 @@ class Flickr30k(CaptionRows):
         modality: ModalityName = "real",
         split: Literal["test", "val", "train", "full"] = "test",
         subset: bool = False,
+        check_counts: bool = True,
     ) -> None:
+        subset = subset or not check_counts
         if split not in PROTOCOLS:
             raise ValueError(f"Unknown split {split!r} of Flickr30k. Known: {', '.join(PROTOCOLS)}.")
         self.annotations, self.image_root = Path(annotations), Path(image_root)

@@ -30,6 +30,7 @@ class ShareGPT4V(CaptionRows):
         modality: ``real``, or ``generated`` where the folder holds generated images under the same names.
         split: ``val`` or ``train``.
         subset: Whether the validation set may be other than 1,000 images with one caption each; ``summary`` says so.
+        check_counts: False is the earlier name of ``subset=True``.
 
     Raises:
         DataError: If the file is missing or malformed, holds no entry of the split, or the counts differ.
@@ -42,7 +43,9 @@ class ShareGPT4V(CaptionRows):
         modality: ModalityName = "real",
         split: Literal["val", "train"] = "val",
         subset: bool = False,
+        check_counts: bool = True,
     ) -> None:
+        subset = subset or not check_counts
         if split not in ("val", "train"):
             raise ValueError(f"Unknown split {split!r} of ShareGPT4V. Known: val, train.")
         self.annotations, self.image_root = Path(annotations), Path(image_root)
@@ -78,12 +81,14 @@ class Urban1k(CaptionRows):
     Args:
         root: Folder with ``image/NAME.jpg`` and ``caption/NAME.txt``.
         subset: Whether there may be other than 1,000 of both; ``summary`` says so.
+        check_counts: False is the earlier name of ``subset=True``.
 
     Raises:
         DataError: If a folder is missing, an image has no caption or a caption no image, or the counts differ.
     """
 
-    def __init__(self, root: str | Path, subset: bool = False) -> None:
+    def __init__(self, root: str | Path, subset: bool = False, check_counts: bool = True) -> None:
+        subset = subset or not check_counts
         self.annotations, self.image_root = Path(root) / "caption", Path(root) / "image"
         for folder in (self.annotations, self.image_root):
             if not folder.is_dir():
