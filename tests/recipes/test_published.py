@@ -24,7 +24,7 @@ FEW = {"data.init_args.batch_size": 4}
 SHORT = {"trainer.limit_val_batches": 1}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with ``recipes`` and ``data`` in it; runs and weights come to lie beside them."""
     folder = tmp_path_factory.mktemp("published")
@@ -37,7 +37,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         yield folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def generated(here: Path) -> None:
     """Step 1: images of the training captions and, apart, of the validation captions."""
     tiny_pipelines.build("sd", Path("weights/sd2"))
@@ -65,19 +65,19 @@ def generate(out: str, *more: str, **given: Any) -> None:
     run("predict", "generate_sd2_coco", {**small, **given}, *more)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def b32(here: Path) -> dict[str, Any]:
     random_weights.open_clip_file(Path("weights/ViT-B-32.pt"), "ViT-B-32-quickgelu")
     return {"model.init_args.encoder.init_args.pretrained": "weights/ViT-B-32.pt", **FEW}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def aligned_b32(generated: None, b32: dict[str, Any]) -> Path:
     """Step 2, for ViT-B/32."""
     return follow("align_vitb32_coco", b32)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def gpt2(here: Path) -> dict[str, Any]:
     """Of a captioner, what makes it small."""
     random_weights.gpt2(Path("weights/gpt2"))
@@ -88,7 +88,7 @@ def gpt2(here: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def clipcap_b32(b32: dict[str, Any], gpt2: dict[str, Any]) -> dict[str, Any]:
     return {**b32, **gpt2}
 
@@ -148,13 +148,13 @@ def test_text_to_image_sd15_coco(here: Path) -> None:
     run("fit", name, small, *options(header(name)["Try"]))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def b16(here: Path) -> dict[str, Any]:
     random_weights.open_clip_file(Path("weights/ViT-B-16.pt"), "ViT-B-16-quickgelu")
     return {"model.init_args.encoder.init_args.pretrained": "weights/ViT-B-16.pt", **FEW}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def aligned_b16(generated: None, b16: dict[str, Any]) -> Path:
     return follow("align_vitb16_coco", b16)
 
@@ -186,7 +186,7 @@ def test_linear_probe_vitb16_imagenet(aligned_b16: Path, b16: dict[str, Any]) ->
         run("fit", name, few, *option, before=aligned_b16)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sharegpt4v(generated: None) -> None:
     """ShareGPT4V, Urban1k, and images of the captions of the training split."""
     published_data.sharegpt4v(Path("data"))
@@ -210,32 +210,33 @@ def test_long_retrieval_vitb16_sharegpt4v(sharegpt4v: None, b16: dict[str, Any])
     name = "long_retrieval_vitb16_sharegpt4v"
     pairs = {"data.init_args.train": subsets(name)["data.init_args.train"]}
     assert "`train` the two data sets below" in header(name)["Before"]
-    run("fit", "align_vitb16_coco", {**b16, **pairs}, "--name", "aligned-long")
+    run("fit", "align_vitb16_coco", {**b16, **SHORT, **pairs}, "--name", "aligned-long")
     folder = follow(name, {**b16, **LONG_FEW}, before=newest("runs/aligned-long"))
     exported(folder, "--branch", "real")
-    run("fit", name, {**b16, **LONG_FEW}, *options(header(name)["Try"]), before="runs/aligned-long")
+    tried = options(header(name)["Try"])
+    run("fit", name, {**b16, **LONG_FEW, **SHORT}, *tried, before="runs/aligned-long")  # FILE may be the folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def longclip(here: Path) -> Path:
     """Long-CLIP's file where the recipes have it."""
     return random_weights.long_clip_file(Path("weights/longclip-B.pt"))
 
 
-@pytest.mark.xdist_group("published-b16")
+@pytest.mark.xdist_group("published-longclip")
 def test_long_retrieval_longclip_sharegpt4v(sharegpt4v: None, longclip: Path) -> None:
     name = "long_retrieval_longclip_sharegpt4v"
     pairs = {"data.init_args.train": subsets(name)["data.init_args.train"]}
     before = header(name)["Before"]
-    run("fit", "align_vitb16_coco", {**FEW, **pairs}, *options(before), "--name", "aligned-longclip-share")
+    run("fit", "align_vitb16_coco", {**FEW, **SHORT, **pairs}, *options(before), "--name", "aligned-longclip-share")
     folder = follow(name, {**FEW, **LONG_FEW}, before=newest("runs/aligned-longclip-share"))
     exported(folder, "--branch", "real")
 
 
-@pytest.mark.xdist_group("published-b16")
+@pytest.mark.xdist_group("published-longclip")
 def test_retrieval_longclip_coco(generated: None, longclip: Path) -> None:
     name = "retrieval_longclip_coco"
-    run("fit", "align_vitb16_coco", FEW, *options(header(name)["Before"]), "--name", "aligned-longclip")
+    run("fit", "align_vitb16_coco", {**FEW, **SHORT}, *options(header(name)["Before"]), "--name", "aligned-longclip")
     folder = follow(name, FEW, before=newest("runs/aligned-longclip"))
     exported(folder, "--branch", "real")
 
@@ -250,7 +251,7 @@ def shallow_l14(size: int) -> dict[str, Any]:
     return {**{f"{encoder}.{key}": value for key, value in described.items()}, "data.init_args.batch_size": 4}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def aligned_l14(generated: None) -> Path:
     return follow("align_vitl14_coco", shallow_l14(224))
 
@@ -278,7 +279,7 @@ def test_zeroshot_vitl14(aligned_l14: Path) -> None:
     run("fit", name, {**few, **SHORT}, *options(header(name)["Try"]), before=aligned_l14)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def aligned_for_llava(generated: None) -> Path:
     """ViT-L/14 at 336 pixels, with the options that the header of the projector's recipe gives for its alignment."""
     before = header("caption_llava_projector_coco")["Before"]
