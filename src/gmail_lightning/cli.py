@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import os
 import sys
 import warnings
@@ -30,7 +28,7 @@ from gmail_lightning.callbacks import (
 from gmail_lightning.callbacks.generation_plan import Mode
 from gmail_lightning.datamodules import MixedModalityDataModule  # noqa: F401
 from gmail_lightning.datasets import DataError
-from gmail_lightning.hints import hint, import_class
+from gmail_lightning.hints import as_json, hint, import_class
 from gmail_lightning.main import EPILOG
 from gmail_lightning.models.branches import newest_checkpoint
 from gmail_lightning.tasks import BaseTask, CaptioningTask
@@ -52,7 +50,7 @@ class Parser(LightningArgumentParser):
 
         ``--model.init_args.encoder.init_args.model_name null`` would be the word None.
         """
-        return super().parse_args(None if args is None else [_as_json(arg) for arg in args], *further, **settings)
+        return super().parse_args(None if args is None else [as_json(arg) for arg in args], *further, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exits with status 2; without the hundred lines of usage that would hide the message."""
@@ -194,16 +192,6 @@ class GmailCLI(LightningCLI):
             "trains (the adapters of an aligner, the weights of an encoder) is as it was initialised. Give "
             "--ckpt_path, or --allow_untrained true for that baseline; of an aligner it is the frozen encoder."
         )
-
-
-def _as_json(arg: str) -> str:
-    """An option whose value is written as a Python None, list or dictionary, with that value in JSON."""
-    key, is_option, text = arg.partition("=")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return arg
-    return f"{key}={json.dumps(value)}" if is_option and isinstance(value, (type(None), list, dict)) else arg
 
 
 def _is_missing_file(checkpoint: str) -> bool:
