@@ -103,6 +103,22 @@ def test_lightnings_private_names_are_there() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "printed"),
+    [
+        (["--model.init_args.encoder.init_args.model_name", "null"], "model_name: null"),
+        (["--model.init_args.encoder.init_args.model_name=null"], "model_name: null"),
+        (['--model.init_args.encoder.init_args.config={"a": null, "b": [true, "None"]}'], "a: null"),
+        (['--model.init_args.encoder.init_args.config={"a": null, "b": [true, "None"]}'], "- None\n"),
+        (["--model.init_args.temperature", "null"], "temperature: null"),
+    ],
+)
+def test_null_stays_null_at_any_depth(given: list[str], printed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipes_folder() / "gmail/align_vitb32_coco.yaml"
+    assert status(["fit", "--config", str(recipe), *given, "--print_config"]) == 0
+    assert printed in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("wrong", "answer"),
     [
         (["--model", "AlignmntTask"], "Did you mean 'AlignmentTask'"),

@@ -32,7 +32,7 @@ from gmail_lightning.callbacks.generation_plan import Mode
 from gmail_lightning.datamodules import MixedModalityDataModule
 from gmail_lightning.datasets import DataError
 from gmail_lightning.distributed import decided_once
-from gmail_lightning.hints import hint, import_class
+from gmail_lightning.hints import as_json, hint, import_class
 from gmail_lightning.main import EPILOG
 from gmail_lightning.runs import (
     RECORD,
@@ -56,7 +56,14 @@ WRITER_FLAGS: dict[str, tuple[Any, str]] = {
 
 
 class Parser(LightningArgumentParser):
-    """Adds to an error what would have been accepted."""
+    """Adds to an error what would have been accepted, and keeps null what is null."""
+
+    def parse_args(self, args: Any = None, *further: Any, **settings: Any) -> Any:
+        """As jsonargparse, which hands an option of a class within a class on as the text of a Python value.
+
+        ``--model.init_args.encoder.init_args.model_name null`` would be the word None.
+        """
+        return super().parse_args(None if args is None else [as_json(arg) for arg in args], *further, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exits with status 2; without the hundred lines of usage that would hide the message."""

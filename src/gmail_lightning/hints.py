@@ -1,9 +1,11 @@
-"""Turns a parser's error into advice: the names that would have been accepted."""
+"""Around the parser: errors turned into advice, the names that would have been accepted; options kept what they are."""
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
+import json
 import re
 from collections.abc import Iterable
 from importlib import import_module
@@ -96,3 +98,13 @@ def _unknown_key(key: str) -> str:
         "Top-level keys",
         (*sections, "seed_everything", "name", "allow_untrained", "ckpt_path", "worker", "mode", "dry_run"),
     )
+
+
+def as_json(arg: str) -> str:
+    """An option whose value is written as a Python None, list or dictionary, with that value in JSON."""
+    key, is_option, text = arg.partition("=")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return arg
+    return f"{key}={json.dumps(value)}" if is_option and isinstance(value, (type(None), list, dict)) else arg

@@ -111,14 +111,14 @@ def test_sets_of_torchvision(
     assert data.summary is not None
     assert f"protocol {name}, split test" in data.summary
     assert "2 classes, 2 images" in data.summary
-    generated = ClassificationDataset(name, tmp_path, modality="generated", check_counts=False, class_names=["a", "b"])
+    generated = ClassificationDataset(name, tmp_path, modality="generated", subset=True, class_names=["a", "b"])
     assert generated.class_names == ["a", "b"]
     assert data.pair_id.tolist() == data.image_id.tolist() == generated.image_id.tolist()  # the same files
     assert generated.pair_id.tolist() == [-1, -1]
     apart = ClassificationDataset(name, tmp_path, space="mine")
     assert len({*apart.image_id.tolist(), *data.image_id.tolist()}) == 4
     assert generated.summary is not None
-    assert "not checked" in generated.summary
+    assert f"are published), not protocol {name}" in generated.summary
     if name == "sun397":
         (tmp_path / "SUN397" / "a" / "abbey").rename(tmp_path / "elsewhere")
         (tmp_path / "SUN397" / "a" / "abbey").symlink_to(tmp_path / "elsewhere")
@@ -136,7 +136,7 @@ def test_caltech101(tmp_path: Path) -> None:
     (folder / "BACKGROUND_Google" / "tmp").touch()
     (folder / ".ipynb_checkpoints").mkdir()
     every, train, test = (
-        ClassificationDataset("caltech101", tmp_path, split, check_counts=False) for split in ("all", "train", "test")
+        ClassificationDataset("caltech101", tmp_path, split, subset=True) for split in ("all", "train", "test")
     )
     assert len(every) == 102 * 31 + 51
     assert every.summary is not None
@@ -162,7 +162,7 @@ def test_imagenet(tmp_path: Path) -> None:
     for i in range(1000):
         (tmp_path / f"imagenet/val/n{i:08d}").mkdir(parents=True)
         (tmp_path / f"imagenet/val/n{i:08d}/ILSVRC2012_val_{i:08d}.JPEG").touch()
-    data = ClassificationDataset("imagenet", tmp_path, check_counts=False)
+    data = ClassificationDataset("imagenet", tmp_path, subset=True)
     assert data.label.tolist() == list(range(1000))
     assert (data.class_names[0], data.class_names[999]) == ("tench", "toilet paper")
     assert len(data.captions(1)) == 80
@@ -171,15 +171,15 @@ def test_imagenet(tmp_path: Path) -> None:
     (tmp_path / "imagenet/val/n00000000/ILSVRC2012_val_00000000.JPEG").unlink()
     (tmp_path / "imagenet/val/n00000000").rmdir()
     with pytest.raises(DataError, match="999 class folders instead of 1000"):
-        ClassificationDataset("imagenet", tmp_path, check_counts=False)
+        ClassificationDataset("imagenet", tmp_path, subset=True)
     for other in ("tench", "n0000000", "n00000000_tench"):
         folder = tmp_path / "imagenet/val" / other
         folder.mkdir()
         (folder / "a.JPEG").touch()
         with pytest.raises(DataError, match=f"imagenet: 1 class folders are not where .*: {other}. .*n01440764"):
-            ClassificationDataset("imagenet", tmp_path, check_counts=False)
+            ClassificationDataset("imagenet", tmp_path, subset=True)
         names = [f"class {i}" for i in range(1000)]
-        assert ClassificationDataset("imagenet", tmp_path, check_counts=False, class_names=names).class_names == names
+        assert ClassificationDataset("imagenet", tmp_path, subset=True, class_names=names).class_names == names
         (folder / "a.JPEG").unlink()
         folder.rmdir()
 
@@ -215,7 +215,7 @@ def test_bad_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dtd(tmp_path)
     text(tmp_path / "dtd/dtd/labels/test1.txt", "banded/b_2.jpg\nspotty/s.jpg\n")
     with pytest.raises(DataError, match="dtd: 1 classes have no published name: spotty"):
-        ClassificationDataset("dtd", tmp_path, check_counts=False)
+        ClassificationDataset("dtd", tmp_path, subset=True)
     text(tmp_path / "dtd/dtd/labels/test1.txt", "")
     with pytest.raises(DataError, match="split 'test' has no images"):
         ClassificationDataset("dtd", tmp_path)

@@ -136,19 +136,19 @@ def _coco(folder: Path, root: Path, modality: str) -> ImageTextDataset:
 
 def _flickr30k(folder: Path, root: Path, modality: str) -> ImageTextDataset:
     (folder / "results.token").write_text("9.jpg#0\ta dog\n")
-    return Flickr30k(folder / "results.token", root, modality, "full", check_counts=False)
+    return Flickr30k(folder / "results.token", root, modality, "full", subset=True)
 
 
 def _sharegpt4v(folder: Path, root: Path, modality: str) -> ImageTextDataset:
     entry = {"image": "sam/9.jpg", "conversations": [{"value": "?"}, {"value": "a dog"}]}
     (folder / "share.json").write_text(json.dumps([entry]))
-    return ShareGPT4V(folder / "share.json", root, modality, check_counts=False)
+    return ShareGPT4V(folder / "share.json", root, modality, subset=True)
 
 
 def _caltech101(folder: Path, root: Path, modality: str) -> ImageTextDataset:
     (root / "caltech101/101_ObjectCategories/dog").mkdir(parents=True, exist_ok=True)
     (root / "caltech101/101_ObjectCategories/dog/9.jpg").touch()
-    return ClassificationDataset("caltech101", root, "all", modality, class_names=["dog"], check_counts=False)
+    return ClassificationDataset("caltech101", root, "all", modality, class_names=["dog"], subset=True)
 
 
 @pytest.mark.parametrize("build", [_coco, _flickr30k, _sharegpt4v, _caltech101])

@@ -65,17 +65,17 @@ def test_the_whole_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_karpathys_splits_have_the_ids_of_the_whole_set(tmp_path: Path) -> None:
-    full = Flickr30k(token_file(tmp_path), tmp_path, split="full", check_counts=False)
+    full = Flickr30k(token_file(tmp_path), tmp_path, split="full", subset=True)
     path = karpathy_file(tmp_path)
-    test = Flickr30k(path, tmp_path, "generated", check_counts=False)
+    test = Flickr30k(path, tmp_path, "generated", subset=True)
     assert [test.captions(i)[0] for i in range(2)] == ["Two young guys .", "Zwei Männer reden"]
     assert test.image_id.tolist() == full.image_id[2:].tolist()
     assert test.pair_id.tolist() == full.pair_id[2:].tolist()
     assert test.modality.tolist() == [1, 1]
     assert test.split == "test"
     assert test.summary is not None
-    assert "not checked" in test.summary
-    assert Flickr30k(path, tmp_path, split="train", check_counts=False).image_id.tolist() == full.image_id[:2].tolist()
+    assert "a subset (1,000 images and 5,000 captions are published), not protocol flickr30k_1k" in test.summary
+    assert Flickr30k(path, tmp_path, split="train", subset=True).image_id.tolist() == full.image_id[:2].tolist()
     for split, counts in (("test", "1,000, 2 captions instead of 5,000"), ("train", "29,000, 2 .* 145,000")):
         with pytest.raises(DataError, match=f"1 images instead of {counts}"):
             Flickr30k(path, tmp_path, split=split)  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ def llava_file(root: Path, entries: list[dict[str, Any]]) -> Path:
 
 
 def test_problems_and_llavas_file_of_them_give_the_same_rows(root: Path) -> None:
-    problems = ScienceQA(root / "problems.json", root / "images")
+    problems = ScienceQA(root / "problems.json", root / "images", subset=True)
     assert len(problems) == 2
     assert problems.summary is not None
     assert "2 questions with an image; 1 without are left out" in problems.summary
@@ -78,7 +78,9 @@ def test_problems_and_llavas_file_of_them_give_the_same_rows(root: Path) -> None
 
 
 def test_instruction_letter_and_split(root: Path) -> None:
-    made = ScienceQA(root / "problems.json", root / "images", "train", "Answer with the letter.", answer="letter")
+    made = ScienceQA(
+        root / "problems.json", root / "images", "train", "Answer with the letter.", answer="letter", subset=True
+    )
     assert made.captions(0) == ["A"]
     assert made.question(0).endswith("Options: (A) here (B) there\nAnswer with the letter.")
     assert made.split == "train"
@@ -107,7 +109,9 @@ def test_what_is_no_scienceqa_is_refused(root: Path) -> None:
 
 
 def test_questions_reach_the_batches_of_training_and_evaluation(root: Path) -> None:
-    trained, tested = (ScienceQA(root / "problems.json", root / "images", split) for split in ("train", "test"))
+    trained, tested = (
+        ScienceQA(root / "problems.json", root / "images", split, subset=True) for split in ("train", "test")
+    )
     plain = EmojiDataset("noto", "novel")
     data = MixedModalityDataModule(
         [trained, plain], {"qa": [tested], "emoji": [plain]}, mode="mixture", generated_fraction=0.0,
@@ -131,7 +135,7 @@ def test_questions_reach_the_batches_of_training_and_evaluation(root: Path) -> N
 
 
 def test_a_store_of_features_asks_what_its_data_set_asks(root: Path) -> None:
-    questions = ScienceQA(root / "problems.json", root / "images")
+    questions = ScienceQA(root / "problems.json", root / "images", subset=True)
     keys = pa.table({"key": ["5", "12"], "modality": questions.modality, "image_id": questions.image_id})
     (root / "store" / "parts").mkdir(parents=True)
     write_part(root / "store", np.arange(2), np.ones((2, 3), dtype=np.float16))

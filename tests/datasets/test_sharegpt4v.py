@@ -65,7 +65,7 @@ def test_entries_come_one_by_one_whatever_the_block(tmp_path: Path, monkeypatch:
 def test_wrong_files_of_sharegpt4v(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="31 images instead of 1,000, 31 captions instead of 1,000"):
         ShareGPT4V(write(tmp_path, 30), tmp_path)
-    assert len(ShareGPT4V(write(tmp_path, 30), tmp_path, check_counts=False)) == 31
+    assert len(ShareGPT4V(write(tmp_path, 30), tmp_path, subset=True)) == 31
     with pytest.raises(DataError, match="no entry after the first 1,000: the split 'train' is empty"):
         ShareGPT4V(write(tmp_path, 30), tmp_path, split="train")
     with pytest.raises(ValueError, match="Unknown split 'test'"):
@@ -96,7 +96,7 @@ def test_urban1k(tmp_path: Path) -> None:
         (tmp_path / "caption" / f"{i}.txt").write_text(f"Street {i}.  Long.\nnot read", encoding="utf-8")
     with pytest.raises(DataError, match="2 images instead of 1,000, 2 captions instead of 1,000"):
         Urban1k(tmp_path)
-    data = Urban1k(tmp_path, check_counts=False)
+    data = Urban1k(tmp_path, subset=True)
     assert [(data.captions(i), data[i]["image"].shape[2]) for i in range(2)] == [
         (["Street 11. Long."], 11),
         (["Street 2. Long."], 2),
@@ -112,10 +112,10 @@ def test_urban1k(tmp_path: Path) -> None:
     (tmp_path / "image" / "2.png").unlink()
     (tmp_path / "caption" / "3.txt").write_text("No image.")
     with pytest.raises(DataError, match=r"1 captions have no image in .*image: 3"):
-        Urban1k(tmp_path, check_counts=False)
+        Urban1k(tmp_path, subset=True)
     (tmp_path / "caption" / "3.txt").unlink()
     Image.new("RGB", (1, 1)).save(tmp_path / "image" / "4.jpg")
     with pytest.raises(DataError, match=r"1 images have no caption in .*caption: 4"):
-        Urban1k(tmp_path, check_counts=False)
+        Urban1k(tmp_path, subset=True)
     with pytest.raises(DataError, match="caption: no such folder"):
         Urban1k(tmp_path / "image")

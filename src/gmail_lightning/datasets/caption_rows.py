@@ -23,7 +23,7 @@ from gmail_lightning.datasets.base import (
     own_pair_ids,
 )
 from gmail_lightning.datasets.ids import id_column, id_text, running_numbers
-from gmail_lightning.datasets.protocols import CAPTION_PROTOCOLS, compare_counts
+from gmail_lightning.datasets.protocols import CAPTION_PROTOCOLS, compare_counts, subset_of
 
 
 class CaptionRow(NamedTuple):
@@ -140,20 +140,19 @@ class CaptionRows(ImageTextDataset):
             )
         self._number = running_numbers(self.image_id)
 
-    def check_protocol(self, protocol: str, enforce: bool = True) -> None:
+    def check_protocol(self, protocol: str, subset: bool = False) -> None:
         """Compares the counts with those of a protocol, and says in ``summary`` what the rows are.
 
         Raises:
-            DataError: If they differ and the protocol is to be enforced; with both numbers.
+            DataError: If they differ, with both numbers; not of a subset.
         """
         published = CAPTION_PROTOCOLS[protocol]
         found = {"images": len(np.unique(self.image_id)), "captions": len(self)}
-        if enforce:
-            fix = f"It is {published.what}: read {published.file}, whole and unchanged."
-            compare_counts(
-                self.annotations, protocol, found, {"images": published.images, "captions": published.captions}, fix
-            )
-        name = f"protocol {protocol}, {published.what}" if enforce else f"not checked against protocol {protocol}"
+        expected = {"images": published.images, "captions": published.captions}
+        if not subset:
+            fix = f"It is {published.what}: read {published.file}, whole and unchanged, or say subset=True."
+            compare_counts(self.annotations, protocol, found, expected, fix)
+        name = f"{subset_of(expected) if subset else ''}protocol {protocol}, {published.what}"
         self.summary = f"{self.annotations}: {name}: {found['images']:,} images, {found['captions']:,} captions."
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102

@@ -13,7 +13,7 @@ import numpy as np
 from gmail_lightning.datasets.base import DataError, ModalityName
 from gmail_lightning.datasets.ids import stable_ids
 from gmail_lightning.datasets.image_folder import ClassImages, class_folders, given_names, images_below, listed
-from gmail_lightning.datasets.protocols import CLASS_PROTOCOLS, compare_counts
+from gmail_lightning.datasets.protocols import CLASS_PROTOCOLS, compare_counts, subset_of
 from gmail_lightning.transforms.text import prompt_class_names, prompt_templates
 
 SetName = Literal["caltech101", "dtd", "fgvc_aircraft", "food101", "imagenet", "oxford_pets", "stanford_cars", "sun397"]
@@ -36,7 +36,8 @@ class ClassificationDataset(ClassImages):
             torchvision does not split, also ``all``.
         modality: ``real``, or ``generated`` where the folder holds generated images in the same layout.
         class_names: Other names than the published ones; see ``ImageFolder``.
-        check_counts: Whether classes and images must be as many as published.
+        subset: Whether classes and images may be others than published; ``summary`` says so.
+        check_counts: False is the earlier name of ``subset=True``.
         space: As in ``ImageFolder``.
 
     Raises:
@@ -51,9 +52,11 @@ class ClassificationDataset(ClassImages):
         split: str | None = None,
         modality: ModalityName = "real",
         class_names: list[str] | dict[str, str] | str | Path | None = None,
+        subset: bool = False,
         check_counts: bool = True,
         space: str = "",
     ) -> None:
+        subset = subset or not check_counts
         if name not in CLASS_PROTOCOLS:
             raise ValueError(f"Unknown set {name!r}. Known: {', '.join(CLASS_PROTOCOLS)}.")
         protocol = CLASS_PROTOCOLS[name]
@@ -70,10 +73,10 @@ class ClassificationDataset(ClassImages):
         files = [path.relative_to(self.root).as_posix() for path in paths]
         if not files:
             raise DataError(f"{place}: split {split!r} has no images.")
-        if check_counts:
+        expected = {"classes": protocol.classes, "images": protocol.images[split]}
+        if not subset:
             found = {"classes": len(classes), "images": len(files)}
-            expected = {"classes": protocol.classes, "images": protocol.images[split]}
-            fix = f"Unpack the whole archive for the split {split!r}, or set check_counts=False for another set."
+            fix = f"Unpack the whole archive for the split {split!r}, or say subset=True."
             compare_counts(place, name, found, expected, fix)
         order = sorted(range(len(files)), key=files.__getitem__)  # torchvision's may be that of the file system
         self.class_names = given_names(place, classes, class_names) or published_names(name, classes)
@@ -81,7 +84,7 @@ class ClassificationDataset(ClassImages):
         self.set_rows([files[i] for i in order], [label[i] for i in order], modality, space)
         self.split = "train" if split in ("train", "trainval") else split
         self.summary = (
-            f"{place}: {'protocol' if check_counts else 'not checked against protocol'} {name}, split {split}{note}: "
+            f"{place}: {subset_of(expected) if subset else ''}protocol {name}, split {split}{note}: "
             f"{len(classes):,} classes, {len(files):,} images, {len(self.templates)} prompts; CLIP reports "
             f"{protocol.metric}{'; ' * bool(left_out)}{left_out}."
         )

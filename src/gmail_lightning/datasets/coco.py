@@ -32,13 +32,14 @@ class CocoCaptions(CaptionRows):
             and any other than these two is refused as training data.
         captions_per_image: So many captions of each image, the first in the file; all by default.
         protocol: ``coco_5k`` (val2017, 5,000 images and the first five captions of each) or ``karpathy_test`` (5,000
-            images, 25,010 captions): the counts are checked. Leave it out for a subset.
+            images, 25,010 captions): the counts are checked.
+        subset: Of the protocol, whose counts are then not checked; ``summary`` says so.
         space: Name of the data set that the ids are of, where a file in COCO's format is not of COCO's images.
 
     Raises:
         DataError: If the file or the split is missing or malformed, a caption is empty or of no image, an image has no
             caption, an id occurs twice, or the protocol is another.
-        ValueError: If ``captions_per_image`` is below 1, or the protocol is unknown.
+        ValueError: If ``captions_per_image`` is below 1, or the protocol is unknown, or missing for a subset.
     """
 
     def __init__(
@@ -50,7 +51,10 @@ class CocoCaptions(CaptionRows):
         captions_per_image: int | None = None,
         protocol: Literal["coco_5k", "karpathy_test"] | None = None,
         space: str = "",
+        subset: bool = False,
     ) -> None:
+        if subset and protocol is None:
+            raise ValueError("subset=True: of no protocol. Without one no counts are checked: leave subset out.")
         if captions_per_image is not None and captions_per_image < 1:
             raise ValueError(f"captions_per_image={captions_per_image}: give at least 1, or leave it out for all.")
         self.annotations, self.image_root = Path(annotations), Path(image_root)
@@ -71,7 +75,7 @@ class CocoCaptions(CaptionRows):
         self.set_rows(rows, modality, space)
         self.split = karpathy_stream(split)
         if protocol is not None:
-            self.check_protocol(protocol)
+            self.check_protocol(protocol, subset)
             self.split = CAPTION_PROTOCOLS[protocol].split
 
     def _obey(

@@ -28,7 +28,8 @@ class Flickr30k(CaptionRows):
         image_root: Folder of the images (``flickr30k-images``).
         modality: ``real``, or ``generated`` where the folder holds generated images under the same names.
         split: ``test``, ``val``, ``train``, or ``full``.
-        check_counts: Whether images and captions must be as many as published.
+        subset: Whether images and captions may be others than published; ``summary`` says so.
+        check_counts: False is the earlier name of ``subset=True``.
 
     Raises:
         DataError: If the file is missing, malformed, or of another split, or the counts differ.
@@ -40,8 +41,10 @@ class Flickr30k(CaptionRows):
         image_root: str | Path,
         modality: ModalityName = "real",
         split: Literal["test", "val", "train", "full"] = "test",
+        subset: bool = False,
         check_counts: bool = True,
     ) -> None:
+        subset = subset or not check_counts
         if split not in PROTOCOLS:
             raise ValueError(f"Unknown split {split!r} of Flickr30k. Known: {', '.join(PROTOCOLS)}.")
         self.annotations, self.image_root = Path(annotations), Path(image_root)
@@ -51,7 +54,7 @@ class Flickr30k(CaptionRows):
         # held for other data sets of the file
         self._parsed = self._token_captions() if split == "full" else read_annotations(self.annotations, "flickr30k")
         self.set_rows(self._parsed if split == "full" else self._karpathy_captions(split), modality)
-        self.check_protocol(PROTOCOLS[split], enforce=check_counts)
+        self.check_protocol(PROTOCOLS[split], subset)
         self.split = split
 
     def _token_captions(self) -> pa.Table:

@@ -111,6 +111,11 @@ CLASS_PROTOCOLS = {
 }
 
 
+def subset_of(expected: dict[str, int]) -> str:
+    """What a summary calls a data set whose counts are not compared, before the name of the protocol."""
+    return f"a subset ({' and '.join(f'{count:,} {kind}' for kind, count in expected.items())} are published), not "
+
+
 def compare_counts(place: object, protocol: str, found: dict[str, int], expected: dict[str, int], fix: str) -> None:
     """Compares what a data set holds with what its protocol says.
 

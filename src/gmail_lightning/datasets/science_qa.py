@@ -18,8 +18,10 @@ from gmail_lightning.datasets.base import (
 )
 from gmail_lightning.datasets.ids import stable_ids
 from gmail_lightning.datasets.parsed import read_json
+from gmail_lightning.datasets.protocols import compare_counts, subset_of
 
 LETTERS = "ABCDE"
+WITH_IMAGE = {"train": 6_218, "val": 2_097, "test": 2_017}  # questions as published
 IMAGE = "<image>"  # LLaVA's placeholder; the captioner puts the image where its prompt wants it
 
 
@@ -37,9 +39,11 @@ class ScienceQA(ImageTextDataset):
         instruction: Put behind every question, such as ``Answer with the option's letter from the given choices
             directly.``, which LLaVA 1.5 was trained with.
         answer: Of ``problems.json``: ``sentence`` is ``The answer is B.``, as in LLaVA's files, ``letter`` is ``B``.
+        subset: Whether the questions with an image may be others than the 6,218, 2,097 and 2,017 of ``problems.json``;
+            ``summary`` says so. A file in LLaVA's form is taken as it is.
 
     Raises:
-        DataError: If a file is missing or malformed, or no question has an image.
+        DataError: If a file is missing or malformed, no question has an image, or the counts differ.
     """
 
     has_questions = True
@@ -52,6 +56,7 @@ class ScienceQA(ImageTextDataset):
         split: Literal["train", "val", "test"] = "test",
         instruction: str = "",
         answer: Literal["sentence", "letter"] = "sentence",
+        subset: bool = False,
     ) -> None:
         if split not in ("train", "val", "test") or answer not in ("sentence", "letter"):
             raise ValueError(f"split={split!r} is train, val or test, and answer={answer!r} sentence or letter.")
@@ -72,8 +77,15 @@ class ScienceQA(ImageTextDataset):
         rows = [entry for entry in entries if entry["image"] is not None]
         if not rows:
             raise DataError(f"{annotations}: none of its {len(entries)} questions of the split {split!r} has an image.")
+        name, expected = "", {"questions with an image": WITH_IMAGE[split]}
+        if isinstance(content, dict):
+            if not subset:
+                fix = "Read problems.json and pid_splits.json as published, or say subset=True."
+                compare_counts(annotations, "scienceqa", {"questions with an image": len(rows)}, expected, fix)
+            name = f"{subset_of(expected) if subset else ''}protocol scienceqa, split {split}: "
         self.summary = (
-            f"{annotations}: {len(rows):,} questions with an image; {len(entries) - len(rows):,} without are left out."
+            f"{annotations}: {name}{len(rows):,} questions with an image; {len(entries) - len(rows):,} without are "
+            "left out."
         )
         questions = [f"{row['question']}\n{instruction}".strip() for row in rows]
         self._question, self._answer = pa.array(questions), pa.array([row["answer"] for row in rows])

@@ -30,7 +30,8 @@ class ShareGPT4V(CaptionRows):
         image_root: Folder that the paths of the entries start from (``coco/train2017/000000000009.jpg``).
         modality: ``real``, or ``generated`` where the folder holds generated images under the same names.
         split: ``val`` or ``train``.
-        check_counts: Whether the validation set must be 1,000 images with one caption each.
+        subset: Whether the validation set may be other than 1,000 images with one caption each; ``summary`` says so.
+        check_counts: False is the earlier name of ``subset=True``.
 
     Raises:
         DataError: If the file is missing or malformed, holds no entry of the split, or the counts differ.
@@ -42,8 +43,10 @@ class ShareGPT4V(CaptionRows):
         image_root: str | Path,
         modality: ModalityName = "real",
         split: Literal["val", "train"] = "val",
+        subset: bool = False,
         check_counts: bool = True,
     ) -> None:
+        subset = subset or not check_counts
         if split not in ("val", "train"):
             raise ValueError(f"Unknown split {split!r} of ShareGPT4V. Known: val, train.")
         self.annotations, self.image_root = Path(annotations), Path(image_root)
@@ -56,7 +59,7 @@ class ShareGPT4V(CaptionRows):
         self.set_rows(rows, modality)
         self.split = split
         if split == "val":
-            self.check_protocol("sharegpt4v_1k", enforce=check_counts)
+            self.check_protocol("sharegpt4v_1k", subset)
         else:
             self.summary = f"{annotations}: ShareGPT4V without its first {first:,} entries: {len(self):,} captions."
 
@@ -78,13 +81,15 @@ class Urban1k(CaptionRows):
 
     Args:
         root: Folder with ``image/NAME.jpg`` and ``caption/NAME.txt``.
-        check_counts: Whether there must be 1,000 of both.
+        subset: Whether there may be other than 1,000 of both; ``summary`` says so.
+        check_counts: False is the earlier name of ``subset=True``.
 
     Raises:
         DataError: If a folder is missing, an image has no caption or a caption no image, or the counts differ.
     """
 
-    def __init__(self, root: str | Path, check_counts: bool = True) -> None:
+    def __init__(self, root: str | Path, subset: bool = False, check_counts: bool = True) -> None:
+        subset = subset or not check_counts
         self.annotations, self.image_root = Path(root) / "caption", Path(root) / "image"
         for folder in (self.annotations, self.image_root):
             if not folder.is_dir():
@@ -107,7 +112,7 @@ class Urban1k(CaptionRows):
             for name, path in captions.items()
         ]
         self.set_rows(caption_table(self.annotations, rows), "real")
-        self.check_protocol("urban1k", enforce=check_counts)
+        self.check_protocol("urban1k", subset)
         self.split = "test"
 
 

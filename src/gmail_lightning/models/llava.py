@@ -122,7 +122,7 @@ class Llava(Captioner):
     def _set_trainable(self, rank: int, alpha: float, dropout: float) -> None:
         self.language_model.requires_grad_(self.tune == "full")
         if self.tune == "lora":
-            from peft import LoraConfig
+            from peft import LoraConfig, inject_adapter_in_model
 
             settings = LoraConfig(
                 r=rank,
@@ -131,7 +131,8 @@ class Llava(Captioner):
                 target_modules="all-linear",
                 task_type="CAUSAL_LM",
             )
-            self.language_model.add_adapter(settings)
+            # not the model's own add_adapter: transformers 5.24 lets it run with peft 0.22 only
+            inject_adapter_in_model(settings, self.language_model)
             for parameter in self.language_model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
