@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -217,3 +218,10 @@ def test_own_pairs_go_by_image_and_captions(tmp_path: Path) -> None:
     assert again.pair_id.tolist() == data.pair_id[[2, 1, 0]].tolist()
     generated = ManifestDataset(tmp_path / "a.jsonl", modality="generated")
     assert own_pair_ids(generated).tolist() == generated.pair_id.tolist() == [-1] * 4
+
+
+def test_stable_ids_are_pinned() -> None:
+    names = ["a", "b/ü.png", ""]
+    expected = [int.from_bytes(hashlib.blake2b(n.encode(), digest_size=8).digest(), "little") // 2 for n in names]
+    assert stable_ids(names).tolist() == expected
+    assert min(expected) >= 0

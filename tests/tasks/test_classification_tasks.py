@@ -176,7 +176,7 @@ def coloured(root: Path, names: list[str], images: int = 4) -> ImageFolder:
         for i in range(images):
             grey = 250 * number // len(names) + i
             Image.new("RGB", (32, 32), (grey, 255 - grey, (grey * 7) % 256)).save(root / f"{number}" / f"{i}.png")
-    return ImageFolder(root, class_names=names)
+    return ImageFolder(root, class_names=names, space=root.name)  # equal images stand for others
 
 
 def some(root: Path, names: list[str], **evaluation: list[ImageFolder]) -> MixedModalityDataModule:
@@ -263,7 +263,7 @@ def test_training_without_evaluation_sets(kind, fitted, tmp_path) -> None:
 
 def test_a_class_without_images_is_null_in_the_file(tmp_path) -> None:
     data = coloured(tmp_path / "val", ["cat", "dog", "emu"])
-    data.set_rows(data._files[:8], data.label[:8].tolist(), "real")  # no emus
+    data.set_rows(data._files[:8], data.label[:8].tolist(), "real", "")  # no emus
     data.image_id = np.arange(8)
     task = ZeroShotClassificationTask(tiny_encoder())
     module = MixedModalityDataModule(val={"held": data})

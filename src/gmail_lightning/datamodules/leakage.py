@@ -71,7 +71,7 @@ FIXES: dict[Kind, str] = {
     "caption": "Remove these rows from training, or exchange the split. Captions are compared in lower case, without "
     "punctuation; short ones of a data set may recur by chance.",
     "image_id": "Remove these rows from training, or exchange the split. One image_id means one real image in all data "
-    "sets; if two collections merely number alike, write the ids of one as texts, such as 'cc3m/17'.",
+    "sets; if two collections merely number alike, give one of them a name, as its space.",
     "pixels": "Remove these rows from training, or exchange the split. The hashes of the pictures differ in at most "
     f"{PIXEL_DISTANCE} of 64 bits, as those of copies do, and of some drawings that are nearly alike.",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
+from fractions import Fraction
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -313,12 +314,11 @@ class MixedModalityDataModule(LightningDataModule):
         if not batch["replaced_reason"]:
             return
         before, progress["replaced"] = progress["replaced"], progress["replaced"] + len(batch["replaced_reason"])
-        allowed = self.max_replaced_fraction * len(sampler)
         summary = (
             f"{progress['replaced']} of {len(sampler)} training images of epoch {sampler.epoch} on this device had to "
             f"be replaced, the last since: {batch['replaced_reason'][-1]}"
         )
-        if progress["replaced"] > allowed:
+        if is_above(progress["replaced"], self.max_replaced_fraction, len(sampler)):
             raise DataError(
                 f"{summary}. That is more than max_replaced_fraction={self.max_replaced_fraction}: repair or remove "
                 "such images, or raise the fraction."
@@ -363,6 +363,11 @@ def _as_list(datasets: Sequence[ImageTextDataset] | ImageTextDataset | None) -> 
     if datasets is None:
         return []
     return [datasets] if isinstance(datasets, ImageTextDataset) else list(datasets)
+
+
+def is_above(count: int, share: float, total: int) -> bool:
+    """Whether a count is more than a share of the total, exactly: 29 of 100 are not more than 0.29."""
+    return count > Fraction(str(share)) * total
 
 
 def _as_module(augmentation: nn.Module | list[nn.Module] | None) -> nn.Module | None:

@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gmail_lightning.datamodules.collate import as_is
-from gmail_lightning.datamodules.mixed_modality import MixedModalityDataModule
+from gmail_lightning.datamodules.mixed_modality import MixedModalityDataModule, is_above
 from gmail_lightning.datamodules.stream_rows import StreamRows
 from gmail_lightning.datasets.base import DataError, ImageTextDataset, ModalityName
 from gmail_lightning.datasets.shards import MANIFEST, PLAN
-from gmail_lightning.datasets.tar_files import expand_braces, is_remote
+from gmail_lightning.datasets.tar_files import expand_path, is_remote
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
 
@@ -41,7 +41,8 @@ class StreamingDataModule(MixedModalityDataModule):
     For shards that are remote (``https:``, or ``pipe:`` and a command) or have no end. Where they are local,
     :class:`~gmail_lightning.datasets.TarShards` mixes streams exactly, resumes exactly and knows the audit. Here an
     epoch is ``steps_per_epoch`` batches on every device; a resumed run goes on with other samples; all images are of
-    one modality, without pairs; that an image was rejected is known only where its ``.json`` says so, not what the
+    one modality, and pairs are not kept together; of a shard that is cut short, what is lost is counted by the samples
+    that whole shards have; that an image was rejected is known only where its ``.json`` says so, not what the
     audit of the whole set found (duplicates); and leakage into evaluation sets cannot be checked.
 
     Args:
@@ -61,6 +62,7 @@ class StreamingDataModule(MixedModalityDataModule):
         max_replaced_fraction: Training stops once more than this share of an epoch's samples were broken.
         seed: Of the order; by default that of ``seed_everything``, else 0.
         input_spec: For use without a task.
+        space: Name of the data set that ids and keys are of, as in ``TarShards``.
 
     Raises:
         ModuleNotFoundError: If webdataset is not installed.
@@ -83,6 +85,7 @@ class StreamingDataModule(MixedModalityDataModule):
         max_replaced_fraction: float = 0.01,
         seed: int | None = None,
         input_spec: InputSpec | None = None,
+        space: str = "",
     ) -> None:
         super().__init__(
             val=val, test=test, predict=predict, batch_size=batch_size, augmentation=augmentation,
@@ -99,10 +102,10 @@ class StreamingDataModule(MixedModalityDataModule):
             raise ValueError(f"Unknown modality {modality!r}: use 'real' or 'generated'.")
         if steps_per_epoch < 1 or shuffle < 0:
             raise ValueError(f"steps_per_epoch={steps_per_epoch} and shuffle={shuffle}: at least 1, and at least 0.")
-        self.urls = [url for one in ([urls] if isinstance(urls, str) else urls) for url in expand_braces(one)]
+        self.urls = [url for one in ([urls] if isinstance(urls, str) else urls) for url in expand_path(one)]
         self.modality: ModalityName = modality
         self.source = "real" if modality == "real" else source or "generated"
-        self.steps_per_epoch, self.shuffle = steps_per_epoch, shuffle
+        self.steps_per_epoch, self.shuffle, self.space = steps_per_epoch, shuffle, space
         self._passes, self._broken, self._broken_epoch = 0, 0, -1
 
     def train_dataloader(self) -> StreamLoader:  # type: ignore[override]
@@ -129,7 +132,7 @@ class StreamingDataModule(MixedModalityDataModule):
         )
         rows = StreamRows(
             self.urls, self._spec(), self.batch_size, self.modality, self.source, self.shuffle, self.augmentation,
-            self.seed, num_replicas, rank,
+            self.seed, num_replicas, rank, self.space,
         )  # fmt: skip
         settings = {**self._settings(False), "collate_fn": as_is}
         return StreamLoader(rows, self.steps_per_epoch, self._start, settings)
@@ -166,7 +169,7 @@ class StreamingDataModule(MixedModalityDataModule):
             f"{self._broken} samples of epoch {epoch} on this device were broken, and others stand in for them "
             f"({total} are read in an epoch); the last: {reasons[-1]}"
         )
-        if self._broken > self.max_replaced_fraction * total:
+        if is_above(self._broken, self.max_replaced_fraction, total):
             raise DataError(
                 f"{summary}. That is more than max_replaced_fraction={self.max_replaced_fraction}: repair or leave out "
                 "such shards, or raise the fraction."

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from gmail_lightning.cache import cache_folder
 from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.ids import id_text, stable_ids
-from gmail_lightning.datasets.tar_members import of_no_use, open_tar, read_members, read_name
+from gmail_lightning.datasets.tar_members import digest_of, of_no_use, open_tar, read_members, read_name
 
 INDEX = "index.parquet"
 META = b"gmail_lightning_tar_index"
@@ -128,7 +128,7 @@ def index_tar(path: Path, described: bool = False) -> tuple[pa.Table, dict[str, 
 
 def _own_ids(image: bytes, first: str, keys: list[str]) -> np.ndarray:
     """Ids of images without a stated one: of their keys and of the first image of their tar, wherever that lies."""
-    digest = hashlib.blake2b(first.encode(errors="surrogateescape") + b"\0" + image, digest_size=8).hexdigest()
+    digest = digest_of(first, image)
     return stable_ids(f"{digest}/{key}" for key in keys)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tarfile
@@ -46,6 +47,11 @@ def of_no_use(name: str) -> str:
         return "hidden members"
     suffix = os.path.splitext(last)[1].lower()
     return f"members {suffix}" if suffix else "members without a suffix"
+
+
+def digest_of(key: str, image: bytes) -> str:
+    """What a tar is known by: its first image, wherever the tar lies."""
+    return hashlib.blake2b(key.encode(errors="surrogateescape") + b"\0" + image, digest_size=8).hexdigest()
 
 
 class Archive(tarfile.TarFile):

@@ -1,0 +1,160 @@
+"""Samples out of webdataset shards that are streamed: what belongs together, and what a broken shard takes away."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from gmail_lightning.datasets.base import DataError, ModalityName, one_line
+from gmail_lightning.datasets.ids import id_number, stable_ids
+from gmail_lightning.datasets.tar_index import read_record
+from gmail_lightning.datasets.tar_members import digest_of, of_no_use, open_tar, read_members, read_name
+from gmail_lightning.types import Modality
+
+UNREADABLE = (tarfile.TarError, OSError, EOFError, ValueError)  # of a shard, or of the command that fetches it
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a shard, before its image is decoded."""
+
+    key: str
+    image: bytes
+    caption: str
+    image_id: int
+    pair_id: int
+
+
+def read_sample(key: str, members: dict[str, bytes], modality: ModalityName, first: str, space: str) -> Sample | None:
+    """Reads the members of one key.
+
+    Args:
+        key: The key.
+        members: By kind: ``image``, ``txt``, ``json``.
+        modality: What the stream is said to be.
+        first: Digest of the first image of the shard.
+        space: Name of the data set that ids and keys are of.
+
+    Returns:
+        The sample, or None where its record says that its status is neither ok nor success.
+
+    Raises:
+        ValueError: If image or caption are missing or unreadable.
+        DataError: If the record says that the sample is of another modality, or not for training, or an id is none.
+    """
+    record = read_record(members.get("json", b"{}"))
+    if record.get("status") not in (None, "ok", "success"):
+        return None
+    if record.get("split") not in (None, "train"):
+        raise DataError(f"Key {key!r} was made for split {record['split']!r}: it is no training data.")
+    if record.get("modality") not in (None, modality):
+        raise DataError(f"Key {key!r} says modality {record['modality']!r}, but modality={modality!r} was given.")
+    caption = one_line(members.get("txt", b"").decode("utf-8-sig") or record.get("caption") or "")
+    if "image" not in members or not caption:
+        raise ValueError("no caption" if "image" in members else "no image")
+    try:
+        image_id, pair_id = (id_number(record.get(name), space) for name in ("image_id", "pair_id"))
+    except DataError as error:
+        raise DataError(f"Key {key!r}: {error}") from error
+    if image_id == -1:
+        image_id = int(stable_ids([f"{space or first}/{key}"])[0])
+    if pair_id == -1 and Modality[modality.upper()] == Modality.REAL:
+        pair_id = image_id
+    return Sample(key, members["image"], caption, image_id, pair_id)
+
+
+@dataclass
+class ShardReader:
+    """Reads shards one after the other, and counts by samples what the broken ones among them take away.
+
+    How many samples a broken shard had is taken from the whole ones: as many as they hold on average. Until one was
+    read, it is not told.
+
+    Attributes:
+        modality: What the stream is said to be.
+        space: Name of the data set that ids and keys are of.
+        readable: Samples read so far.
+        reasons: One line per sample that is broken or lost, for whoever shows them and empties the list.
+    """
+
+    modality: ModalityName
+    space: str = ""
+    readable: int = 0
+    reasons: list[str] = field(default_factory=list)
+    _whole: list[int] = field(default_factory=lambda: [0, 0])  # shards, and their samples
+    _untold: list[tuple[str, int]] = field(default_factory=list)  # of broken shards: why, and how many were read
+    _named: set[str] = field(default_factory=set)
+
+    def read(self, url: str) -> Iterator[Sample]:
+        """Yields the samples of a shard."""
+        seen = 0
+        try:
+            for key, members, first in self._groups(url):
+                seen += 1
+                try:
+                    sample = read_sample(key, members, self.modality, first, self.space)
+                except DataError as error:
+                    raise DataError(f"{url}: {error}") from error
+                except ValueError as error:  # no image or caption, not UTF-8, not a JSON object
+                    self.reasons.append(f"{url} key {key!r}: {error}")
+                    continue
+                if sample is not None:
+                    self.readable += 1
+                    yield sample
+        except DataError:
+            raise
+        except UNREADABLE as error:
+            self._untold.append((f"{url} is cut short, damaged, or cannot be read: {error}", seen))
+        else:
+            self._whole = [self._whole[0] + 1, self._whole[1] + seen]
+        if self._whole[1]:
+            for reason, read in self._untold:
+                self.reasons += [reason] * max(round(self._whole[1] / self._whole[0]) - read, 1)
+            self._untold = []
+
+    @property
+    def last_reason(self) -> str:
+        """Why nothing came; empty where no one knows."""
+        known = [*self.reasons[-1:], *(reason for reason, _ in self._untold[-1:])]
+        return f" The last reason: {known[-1]}." if known else ""
+
+    def _groups(self, url: str) -> Iterator[tuple[str, dict[str, bytes], str]]:
+        """Yields keys with their members by kind, and the digest of the shard's first image."""
+        from webdataset import gopen
+
+        first = ""
+        with gopen(url) as file, open_tar(file, "r|*") as archive:
+            named = ((read_name(member.name), member) for member in read_members(archive))
+            for _, group in itertools.groupby(named, lambda one: one[0].group):
+                found: dict[str, dict[str, bytes]] = {}
+                for name, member in group:
+                    if not name.kind or not member.isreg():
+                        self._tell(url, member)
+                        continue
+                    content: Any = archive.extractfile(member)
+                    data = content.read()
+                    if len(data) < member.size:
+                        raise tarfile.ReadError(f"it ends within {member.name}")
+                    members = found.setdefault(name.key, {})
+                    if name.kind in members:
+                        raise DataError(
+                            f"{url}: key {name.key!r} has two members .{name.suffix} or two images. Make keys unique."
+                        )
+                    members[name.kind] = data
+                    if name.kind == "image" and not first:
+                        first = digest_of(name.key, data)
+                for key, members in found.items():
+                    yield key, members, first
+
+    def _tell(self, url: str, member: tarfile.TarInfo) -> None:
+        """Says once of each kind of members that no sample uses them."""
+        kind = of_no_use(member.name) if member.isreg() else "links"
+        if kind not in self._named:
+            self._named.add(kind)
+            logger.warning("%s: %s, such as %s, are of no use and are passed over.", url, kind, member.name)

@@ -1,0 +1,280 @@
+"""What tars may hold, read at random and as a stream: every member is used or told, and ids are the same."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from recorder import SPEC
+from tar_fixtures import png, sample, store_row, write_store, write_tar
+
+from gmail_lightning.datamodules import MixedModalityDataModule, StreamingDataModule
+from gmail_lightning.datamodules.mixed_modality import is_above
+from gmail_lightning.datamodules.prompt_table import PromptTable
+from gmail_lightning.datamodules.stream_samples import ShardReader
+from gmail_lightning.datasets import DataError, ManifestDataset, TarShards
+from gmail_lightning.datasets.base import ModalityName
+
+Members = list[tuple[str, bytes]]
+
+
+class Found(NamedTuple):
+    captions: dict[str, str]
+    image_ids: dict[str, int]
+    pair_ids: dict[str, int]
+    told: str
+
+
+def at_random(path: Path, modality: ModalityName = "real", space: str = "") -> Found:
+    data = TarShards(path, modality=modality, space=space)
+    keys = [data.sample_key(i) for i in range(len(data))]
+    ids = (dict(zip(keys, column.tolist(), strict=True)) for column in (data.image_id, data.pair_id))
+    return Found({key: data.captions(i)[0] for i, key in enumerate(keys)}, *ids, str(data.summary))
+
+
+def as_stream(path: Path, modality: ModalityName = "real", space: str = "") -> Found:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("gmail_lightning.datamodules.stream_samples")
+    logger.addHandler(handler)
+    reader = ShardReader(modality, space)
+    paths = [path] if path.is_file() else sorted(path.glob("*.tar"))
+    samples = [sample for tar in paths for sample in reader.read(str(tar))]
+    logger.removeHandler(handler)
+    reasons = [*reader.reasons, *(reason for reason, _ in reader._untold)]
+    return Found(
+        {one.key: one.caption for one in samples},
+        {one.key: one.image_id for one in samples},
+        {one.key: one.pair_id for one in samples},
+        "\n".join(told + reasons),
+    )
+
+
+READERS = [at_random, as_stream]
+reader = pytest.mark.parametrize("read", READERS)
+
+
+def pair(key: str, number: int, suffix: str = "png") -> Members:
+    return [(f"{key}.{suffix}", png(number)), (f"{key}.txt", f"caption {number}".encode())]
+
+
+NAMES: dict[str, tuple[Members, dict[str, str], list[str]]] = {
+    "dots": ([*pair("Mug 2.0 (new)", 0), *pair("v1.5_007", 1)], {"Mug 2.0 (new)": "0", "v1.5_007": "1"}, []),
+    "folders with dots": ([*pair("./a.b/c", 0), *pair("a.b/d", 1)], {"a.b/c": "0", "a.b/d": "1"}, []),
+    "capitals": ([("a.PNG", png(0)), ("a.TXT", b"caption 0")], {"a": "0"}, []),
+    "compound": (
+        [("a.png", png(0)), ("a.seg.png", png(1)), ("a.txt", b"caption 0"), *pair("b", 2)],
+        {"a": "0", "b": "2"},
+        ["no caption"],
+    ),
+    "other members": (
+        [*pair("a", 0), ("a.npy", b"x"), ("a.cls", b"3"), ("README", b"x")],
+        {"a": "0"},
+        ["members .npy", "members .cls", "members without a suffix"],
+    ),
+    "hidden": ([("._a.png", b"x"), *pair("a", 0), (".DS_Store", b"x")], {"a": "0"}, ["hidden members"]),
+    "byte order marks": (
+        [
+            ("a.png", png(0)), ("a.txt", b"\xef\xbb\xbfcaption 0"),
+            ("b.png", png(1)), ("b.json", b"\xef\xbb\xbf" + json.dumps({"caption": "caption 1"}).encode()),
+        ],
+        {"a": "0", "b": "1"},
+        [],
+    ),
+    "a caption that is a number": ([*pair("a", 0), *sample("b", 1, None, caption=2012)], {"a": "0"}, ["text"]),
+    "a caption that is null": ([*pair("a", 0), *sample("b", 1, None, caption=None)], {"a": "0"}, ["no caption"]),
+    "deep": ([*pair("a", 0), ("b.png", png(1)), ("b.json", b"[" * 200_000)], {"a": "0"}, []),
+    "no object": ([*pair("a", 0), ("b.png", png(1)), ("b.json", b"[1]")], {"a": "0"}, []),
+}  # fmt: skip
+
+
+@reader
+@pytest.mark.parametrize("name", list(NAMES))
+def test_every_member_is_used_or_told(tmp_path: Path, read: Callable[..., Found], name: str) -> None:
+    members, expected, told = NAMES[name]
+    found = read(write_tar(tmp_path / "a.tar", members))
+    assert found.captions == {key: f"caption {number}" for key, number in expected.items()}
+    for words in told:
+        assert words in found.told
+    lost = {key for key in ("b", "a.seg") if any(n.startswith(f"{key}.") for n, _ in members)} - expected.keys()
+    assert not lost or ("1 " in found.told and "dropped" in found.told) or all(repr(key) in found.told for key in lost)
+
+
+@reader
+def test_links_are_told(tmp_path: Path, read: Callable[..., Found]) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in pair("a", 0):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.png"
+        tar.addfile(link)
+        tar.addfile(_folder("c.png"))
+    found = read(tmp_path / "a.tar")
+    assert found.captions == {"a": "caption 0"}
+    assert "links" in found.told
+
+
+def _folder(name: str) -> tarfile.TarInfo:
+    folder = tarfile.TarInfo(name)
+    folder.type = tarfile.DIRTYPE
+    return folder
+
+
+@reader
+@pytest.mark.parametrize("end", ["record", "block"])
+def test_archives_joined_end_to_end_are_read_through(tmp_path: Path, read: Callable[..., Found], end: str) -> None:
+    parts = []
+    for number in range(3):
+        data = write_tar(tmp_path / "part", pair(f"k{number}", number)).read_bytes()
+        parts.append(data if end == "record" else data.rstrip(b"\0") + bytes(-len(data.rstrip(b"\0")) % 512 + 1024))
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    assert read(tmp_path / "a.tar").captions == {f"k{n}": f"caption {n}" for n in range(3)}
+    (tmp_path / "a.tar").write_bytes(parts[0] + b"no tar" * 200)
+    with_rest = None
+    try:
+        with_rest = read(tmp_path / "a.tar")
+    except DataError as error:
+        assert "cut short or damaged" in str(error)  # noqa: PT017
+    assert with_rest is None or "is cut short, damaged" in with_rest.told
+
+
+@reader
+def test_a_tar_cut_anywhere_is_told(tmp_path: Path, read: Callable[..., Found]) -> None:
+    whole = write_tar(tmp_path / "whole", [*pair("a", 0), *pair("b", 1)]).read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    for length in range(0, end + 1, 128):
+        (tmp_path / "a.tar").write_bytes(whole[:length])
+        try:
+            told = read(tmp_path / "a.tar").told
+        except DataError as error:
+            told = str(error)
+        assert "is cut short" in told or "not a whole" in told, length
+    (tmp_path / "a.tar").write_bytes(whole[: end + 512])  # one block of zeros is an end
+    assert len(read(tmp_path / "a.tar").captions) == 2
+
+
+def test_ids_are_the_same_however_a_tar_is_read(tmp_path: Path) -> None:
+    stated = {"a": {"image_id": 7, "pair_id": "p"}, "b": {"image_id": "7.0"}, "c": {"image_id": -5}, "d": {}}
+    members = [m for n, (key, ids) in enumerate(stated.items()) for m in sample(key, n, "x", **ids)]
+    lines = [{"image": f"{key}.png", "caption": "x", **ids} for key, ids in stated.items() if ids]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    for space in ("", "cc3m"):
+        folder = tmp_path / f"x{space}"
+        folder.mkdir()
+        path = write_tar(folder / "0.tar", members)
+        random, stream = at_random(path, space=space), as_stream(path, space=space)
+        assert random.image_ids == stream.image_ids
+        manifest = ManifestDataset(tmp_path / "rows.jsonl", modality="real", space=space)
+        assert [random.image_ids[key] for key in "abc"] == manifest.image_id.tolist()
+        assert random.pair_ids["a"] == stream.pair_ids["a"] == manifest.pair_id[0]
+        moved = path.rename(tmp_path / f"moved{space}.tar")
+        assert at_random(moved, space=space).image_ids == random.image_ids
+    assert (
+        at_random(tmp_path / "moved.tar").image_ids["d"]
+        != at_random(tmp_path / "movedcc3m.tar", space="cc3m").image_ids["d"]
+    )
+
+
+@pytest.mark.parametrize("value", [True, [1], {"a": 1}, 1e300])
+@reader
+def test_what_is_no_id_is_named(tmp_path: Path, read: Callable[..., Found], value: Any) -> None:
+    path = write_tar(tmp_path / "a.tar", sample("k", 0, "x", image_id=value))
+    with pytest.raises(DataError, match=r"a\.tar:? [kK]ey 'k': .* id"):
+        read(path)
+
+
+@reader
+def test_folders_that_count_alike_share_no_ids(tmp_path: Path, read: Callable[..., Found]) -> None:
+    found = []
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        for shard in range(2):
+            write_tar(
+                tmp_path / name / f"{shard}.tar",
+                [m for n in range(2) for m in pair(f"{shard}000{n}", 100 * number + 10 * shard + n)],
+            )
+        found.append(read(tmp_path / name))
+    assert not set(found[0].image_ids.values()) & set(found[1].image_ids.values())
+    for one in found:
+        assert len(set(one.image_ids.values())) == 4
+        assert one.pair_ids == one.image_ids  # real rows that state no pair have one of their own
+    assert set(read(tmp_path / "one", modality="generated").pair_ids.values()) == {-1}
+
+
+def test_ids_of_a_parquet_file_beside_a_tar(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", [*pair("a", 0), *pair("b", 1), *pair("c", 2)])
+    table = pa.table({"key": ["a", "b", "c"], "image_id": [1.0, float("nan"), 3.0], "caption": ["x"] * 3})
+    pq.write_table(table, tmp_path / "00000.parquet")
+    data = TarShards(tmp_path, modality="real")
+    assert [data.image_id[0], data.image_id[2]] == [1, 3]
+    assert data.image_id[1] not in (-1, 0, 1, 3)  # missing, so that it goes by its key
+
+
+@pytest.mark.parametrize("name", ["run [v2]", "a*b", "{x}", "{0..1}", "q?"])
+def test_a_path_with_brackets_is_a_path(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    for shard in range(2):
+        write_tar(folder / f"{shard}.tar", pair(f"k{shard}", shard))
+    write_tar(folder / "[2].tar", pair("k2", 2))
+    for path, rows in ((folder, 3), (folder / "0.tar", 1), (folder / "[2].tar", 1), (folder / "{0..1}.tar", 2)):
+        assert len(TarShards(path, modality="real")) == rows
+    assert len(TarShards(folder / "[01].tar", modality="real")) == 2
+    made = StreamingDataModule(f"{folder}/{{0..1}}.tar", modality="real", steps_per_epoch=1)
+    assert made.urls == [f"{folder}/0.tar", f"{folder}/1.tar"]
+
+
+def test_lost_samples_are_counted_by_what_whole_shards_hold(tmp_path: Path) -> None:
+    for shard in range(3):
+        write_tar(tmp_path / f"{shard}.tar", [m for n in range(10) for m in pair(f"k{shard}{n}", n)])
+    cut = tmp_path / "1.tar"
+    cut.write_bytes(cut.read_bytes()[: len(cut.read_bytes().rstrip(b"\0")) * 2 // 10])  # two of ten are whole
+    reader = ShardReader("real")
+    assert len(list(reader.read(str(cut)))) in (1, 2)
+    assert reader.reasons == []  # nobody knows yet how many there were
+    assert len(list(reader.read(str(tmp_path / "0.tar")))) == 10
+    assert len(reader.reasons) in (8, 9)
+    assert all("1.tar is cut short" in reason for reason in reader.reasons)
+    list(reader.read(str(tmp_path / "none.tar")))
+    assert sum("none.tar" in reason for reason in reader.reasons) == 10
+
+
+@pytest.mark.parametrize(
+    ("broken", "share", "above"), [(29, 0.29, False), (30, 0.29, True), (7, 0.07, False), (1, 0.01, False)]
+)
+def test_limits_are_exact(broken: int, share: float, above: bool) -> None:
+    assert is_above(broken, share, 100) is above
+
+
+def test_pairs_of_downloads_reach_what_is_generated_from_them(tmp_path: Path) -> None:
+    members = [m for n in range(3) for m in sample(f"00000000{n}", n, f"caption {n}", status="success")]
+    real = TarShards(write_tar(tmp_path / "00000.tar", members), modality="real")
+    prompts = PromptTable([real], images_per_caption=2)
+    assert prompts.pair_id.tolist() == real.pair_id.tolist()
+    rows = [
+        store_row(n, pair_id=int(prompts.pair_id[n]), image_id=int(prompts.image_id[n]), caption=f"caption {n}")
+        for n in range(3)
+    ]
+    made = TarShards(write_store(tmp_path / "store", rows))
+    data = MixedModalityDataModule([real, made], batch_size=4, input_spec=SPEC, mode="paired")
+    data.setup("fit")
+    (batch,) = itertools.islice(data.train_dataloader(), 1)
+    number = {key: n for n, key in enumerate([real.sample_key(i) for i in range(3)])}
+    number |= {f"k{n:03d}": n for n in range(3)}
+    partners = [number[key] for key in batch["sample_key"]]
+    generated = [n for n, kind in zip(partners, batch["modality"].tolist(), strict=True) if kind]
+    assert sorted(generated) == sorted(
+        n for n, kind in zip(partners, batch["modality"].tolist(), strict=True) if not kind
+    )
