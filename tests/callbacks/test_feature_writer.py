@@ -134,7 +134,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
         embed(out, seed=1)
     with pytest.raises(MisconfigurationException, match="layer: None there, -2 now"):
         embed(out, layer=-2)
-    with pytest.raises(MisconfigurationException, match="keys: "):
+    with pytest.raises(MisconfigurationException, match="images: "):
         embed(out, datasets=EmojiDataset("fluent", "novel", modality="real"))
     embed(out)
     before = (out / "features.npy").read_bytes()
@@ -161,11 +161,11 @@ def test_images_of_another_folder_are_not_mixed_in(tmp_path: Path) -> None:
             Image.fromarray(pixels).save(tmp_path / name / f"{n}.png")
         sets.append(CocoCaptions(tmp_path / "captions.json", tmp_path / name, "generated"))
     embed(tmp_path / "store", datasets=sets[0], batch_size=1, limit=2)
-    with pytest.raises(MisconfigurationException, match=r"made with something else .places: "):
+    with pytest.raises(MisconfigurationException, match=r"made with something else .images: "):
         embed(tmp_path / "store", datasets=sets[1])
     embed(tmp_path / "store", datasets=sets[0])
     FeatureStore(tmp_path / "store", sets[0])
-    with pytest.raises(DataError, match="below another folder"):
+    with pytest.raises(DataError, match="has no features of 3 of 3 images"):
         FeatureStore(tmp_path / "store", sets[1])
 
 
@@ -199,8 +199,8 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
     trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[FeatureWriter(str(tmp_path / "a"))])
     with pytest.raises(DataError, match=r"'noto/.*not finite in float16; the largest is 7e\+04.*dtype: float32"):
         trainer.predict(Large(encoder()), MixedModalityDataModule(predict=NOVEL, batch_size=64))
-    with pytest.raises(DataError, match="373 images to predict have the key of another one, such as 'noto/"):
-        embed(tmp_path / "b", datasets=[NOVEL, EmojiDataset("noto")])
+    with pytest.raises(DataError, match="373 images to predict are both real and generated, such as 'noto/"):
+        embed(tmp_path / "b", datasets=[NOVEL, EmojiDataset("noto", modality="generated")])
     with pytest.raises(ValueError, match="Unknown dtype 'bfloat16'"):
         FeatureWriter("c", dtype="bfloat16")
     with pytest.raises(MisconfigurationException, match="FeatureWriter writes what EmbeddingTask makes"):

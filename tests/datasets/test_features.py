@@ -1,13 +1,17 @@
 """Feature stores: whose features a row gets, and what is refused."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from tar_fixtures import write_tar
 
 from gmail_lightning.datamodules.collate import RowTable
 from gmail_lightning.datamodules.rows import EvaluationRows
@@ -18,11 +22,12 @@ from gmail_lightning.datasets import (
     EmojiDataset,
     FeatureStore,
     Flickr30k,
-    ImageFolder,
     ImageTextDataset,
+    ManifestDataset,
     ShareGPT4V,
+    TarShards,
 )
-from gmail_lightning.datasets.feature_files import merge_parts, places, write_part
+from gmail_lightning.datasets.feature_files import merge_parts, store_columns, write_part
 from gmail_lightning.types import ImageSpec, InputSpec
 
 SPEC = InputSpec(image=ImageSpec((32, 32)))
@@ -31,14 +36,12 @@ SPEC = InputSpec(image=ImageSpec((32, 32)))
 def write_store(folder: Path, dataset, width: int = 3, **record) -> np.ndarray:
     """Features of every picture of a data set: random, and so all different."""
     rows = EvaluationRows(RowTable([dataset]), SPEC)
-    keys = [dataset.sample_key(int(row)) for row in rows.first]
-    columns = {"key": keys, "modality": dataset.modality[rows.first], "image_id": dataset.image_id[rows.first]}
-    values = np.random.default_rng(0).normal(size=(len(keys), width)).astype(np.float16)
+    columns = store_columns([(dataset, int(row)) for row in rows.first])
+    values = np.random.default_rng(0).normal(size=(len(columns), width)).astype(np.float16)
     (folder / "parts").mkdir(parents=True)
-    for half in np.array_split(np.random.default_rng(1).permutation(len(keys)), min(len(keys), 2)):
+    for half in np.array_split(np.random.default_rng(1).permutation(len(columns)), min(len(columns), 2)):
         write_part(folder, half, values[half])
-    recorded = {"count": len(keys), "places": places([dataset]), "branches": {}, **record}
-    merge_parts(folder, pa.table(columns), recorded)
+    merge_parts(folder, columns, {"count": len(columns), "branches": {}, **record})
     return values
 
 
@@ -117,15 +120,6 @@ def test_equal_names_of_other_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has modality 1, but in .* it is 0 .373 such rows.: .* other data"):
         FeatureStore(tmp_path / "store", EmojiDataset("noto", "novel", modality="generated"))
 
-    for name in ("a", "b"):
-        (tmp_path / name / "cat").mkdir(parents=True)
-        for number in range(2):
-            (tmp_path / name / "cat" / f"{number}.jpg").touch()
-    write_store(tmp_path / "folder", ImageFolder(tmp_path / "a"))
-    FeatureStore(tmp_path / "folder", ImageFolder(tmp_path / "a"))
-    with pytest.raises(DataError, match=r"below another folder .* Write the store again"):
-        FeatureStore(tmp_path / "folder", ImageFolder(tmp_path / "b"))
-
 
 def _coco(folder: Path, root: Path, modality: str) -> ImageTextDataset:
     images = [{"id": 9, "file_name": "9.jpg"}]
@@ -147,22 +141,100 @@ def _sharegpt4v(folder: Path, root: Path, modality: str) -> ImageTextDataset:
 
 def _caltech101(folder: Path, root: Path, modality: str) -> ImageTextDataset:
     (root / "caltech101/101_ObjectCategories/dog").mkdir(parents=True, exist_ok=True)
-    (root / "caltech101/101_ObjectCategories/dog/9.jpg").touch()
+    if not (image := root / "caltech101/101_ObjectCategories/dog/9.jpg").is_file():
+        image.touch()
     return ClassificationDataset("caltech101", root, "all", modality, class_names=["dog"], subset=True)
 
 
 @pytest.mark.parametrize("build", [_coco, _flickr30k, _sharegpt4v, _caltech101])
-def test_images_of_another_generator_under_the_same_names_are_refused(tmp_path: Path, build) -> None:
+def test_images_under_the_same_names_in_another_folder_are_others(tmp_path: Path, build) -> None:
+    for number, name in enumerate(("first", "other")):
+        image = build(tmp_path, tmp_path / name, "generated").image_file(0)
+        image.parent.mkdir(parents=True, exist_ok=True)
+        draw(image, number)
     first, other = (build(tmp_path, tmp_path / name, "generated") for name in ("first", "other"))
-    assert [first.sample_key(0), first.image_id[0]] == [other.sample_key(0), other.image_id[0]]
+    assert first.sample_key(0) == other.sample_key(0)
     values = write_store(tmp_path / "store", first)
     again = FeatureStore(tmp_path / "store", build(tmp_path, tmp_path / "other" / ".." / "first", "generated"))
     assert np.array_equal(again.feature(0).numpy(), values[0])
-    assert again.place == first.place
-    with pytest.raises(DataError, match="below another folder"):
+    with pytest.raises(DataError, match="has no features of 1 of 1 images"):
         FeatureStore(tmp_path / "store", other)
-    write_store(tmp_path / "real", build(tmp_path, tmp_path / "first", "real"))  # published images, wherever they lie
-    FeatureStore(tmp_path / "real", build(tmp_path, tmp_path / "other", "real"))
+    (tmp_path / "first").rename(tmp_path / "moved")
+    moved = FeatureStore(tmp_path / "store", build(tmp_path, tmp_path / "moved", "generated"))
+    assert np.array_equal(moved.feature(0).numpy(), values[0])
+
+
+def draw(path: Path, grey: int) -> None:
+    Image.new("RGB", (4, 4), (grey, grey, grey)).save(path)
+
+
+def files(folder: Path, order: list[int]) -> ImageTextDataset:
+    lines = [json.dumps({"image": f"{n}.png", "caption": f"caption {n}"}) for n in order]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return ManifestDataset(folder / "rows.jsonl", modality="real")
+
+
+def content(folder: Path, order: list[int]) -> ImageTextDataset:
+    images = [(folder / f"{n}.png").read_bytes() for n in order]
+    pq.write_table(pa.table({"image": images, "caption": [f"caption {n}" for n in order]}), folder / "rows.parquet")
+    return ManifestDataset(folder / "rows.parquet", modality="real")
+
+
+def coco_rows(folder: Path, order: list[int]) -> ImageTextDataset:
+    images = [{"id": n, "file_name": f"{n}.png"} for n in order]
+    captions = [{"id": n, "image_id": n, "caption": f"caption {n}"} for n in order]
+    (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    return CocoCaptions(folder / "coco.json", folder)
+
+
+def tars(folder: Path, order: list[int]) -> ImageTextDataset:
+    (folder / "tars").mkdir(exist_ok=True)
+    path = folder / "tars" / "0.tar"
+    if not path.is_file():
+        write_tar(path, [(f"k{n}.{suffix}", data) for n in range(5) for suffix, data in parts(folder, n)])
+    return TarShards(folder / "tars", modality="real")
+
+
+def parts(folder: Path, number: int) -> list[tuple[str, bytes]]:
+    return [("png", (folder / f"{number}.png").read_bytes()), ("txt", f"caption {number}".encode())]
+
+
+@pytest.mark.parametrize("build", [files, content, coco_rows, tars])
+def test_rows_in_another_order_and_folder_keep_their_features(tmp_path: Path, build) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for n in range(5):
+        draw(folder / f"{n}.png", 10 * n)
+    values = write_store(tmp_path / "store", build(folder, list(range(5))))
+    for order in ([4, 2, 0, 3, 1], [3, 1], [1, 0, 2, 4, 3]):
+        data = FeatureStore(tmp_path / "store", build(folder, order))
+        numbers = [int(data.captions(row)[0].split()[1]) for row in range(len(data))]
+        assert build is tars or numbers == order
+        assert all(np.array_equal(data.feature(row).numpy(), values[n]) for row, n in enumerate(numbers))
+        folder = folder.rename(tmp_path / f"moved{len(order)}{order[0]}")
+
+
+@pytest.mark.parametrize("build", [files, content, coco_rows, tars])
+@pytest.mark.parametrize("changed", [0, 3])
+def test_images_edited_in_place_are_noticed(tmp_path: Path, build, changed: int) -> None:
+    for n in range(5):
+        draw(tmp_path / f"{n}.png", 10 * n)
+    write_store(tmp_path / "store", build(tmp_path, list(range(5))))
+    FeatureStore(tmp_path / "store", build(tmp_path, list(range(5))))
+    draw(tmp_path / f"{changed}.png", 255)
+    os.utime(tmp_path / f"{changed}.png", ns=(2 * 10**18, 2 * 10**18))
+    (tmp_path / "tars" / "0.tar").unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"was changed after its features were written|has no features of"):
+        FeatureStore(tmp_path / "store", build(tmp_path, list(range(5))))
+
+
+def test_a_store_of_an_earlier_release_is_refused(tmp_path: Path) -> None:
+    emoji = EmojiDataset("noto", "novel")
+    write_store(tmp_path / "store", emoji)
+    rows = pq.read_table(tmp_path / "store" / "rows.parquet").drop_columns(["file_id", "size", "changed"])
+    pq.write_table(rows, tmp_path / "store" / "rows.parquet")
+    with pytest.raises(DataError, match=r"of an earlier release.* Write the store again"):
+        FeatureStore(tmp_path / "store", emoji)
 
 
 def test_unfinished_and_damaged_stores_are_refused(tmp_path: Path) -> None:

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import DataError, EmojiDataset, FeatureStore, ScienceQA
-from gmail_lightning.datasets.feature_files import merge_parts, places, write_part
+from gmail_lightning.datasets.feature_files import merge_parts, store_columns, write_part
 from gmail_lightning.types import ImageSpec, InputSpec
 
 PROBLEMS = {
@@ -136,10 +135,10 @@ def test_questions_reach_the_batches_of_training_and_evaluation(root: Path) -> N
 
 def test_a_store_of_features_asks_what_its_data_set_asks(root: Path) -> None:
     questions = ScienceQA(root / "problems.json", root / "images", subset=True)
-    keys = pa.table({"key": ["5", "12"], "modality": questions.modality, "image_id": questions.image_id})
+    keys = store_columns([(questions, 0), (questions, 1)])
     (root / "store" / "parts").mkdir(parents=True)
     write_part(root / "store", np.arange(2), np.ones((2, 3), dtype=np.float16))
-    merge_parts(root / "store", keys, {"count": 2, "places": places([questions]), "branches": {}})
+    merge_parts(root / "store", keys, {"count": 2, "branches": {}})
     store = FeatureStore(root / "store", questions)
     assert store.has_questions
     assert [store.question(i) for i in range(2)] == [questions.question(i) for i in range(2)]

@@ -25,9 +25,9 @@ from gmail_lightning.datasets.feature_files import (
     clear,
     finished_rows,
     merge_parts,
-    places,
     read_record,
     remove_temporary,
+    store_columns,
     write_part,
     write_record,
 )
@@ -73,7 +73,7 @@ class FeatureWriter(Callback):
         Raises:
             MisconfigurationException: If the folder holds a finished store, one that is being made with something else,
                 or other files.
-            DataError: If two images have one key.
+            DataError: If an image is real in one row and generated in another.
         """
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, EmbeddingTask) and isinstance(data, MixedModalityDataModule)):
@@ -86,15 +86,14 @@ class FeatureWriter(Callback):
                 "EmbeddingTask takes no ckpt_path: give the checkpoint of the alignment as model.init_args.aligned."
             )
         cast(Any, trainer).predict_loop.return_predictions = False  # they would be kept until the end
-        self._rows, where = _columns(data)
+        self._rows = _columns(data)
         modalities = [Modality(value) for value in pc.unique(self._rows["modality"]).to_pylist()]
         self._record = {
             **pl_module.record(modalities),
             "dtype": self.dtype,
             "precision": str(trainer.precision),
             "count": len(self._rows),
-            "keys": hashlib.sha256("\n".join(self._rows["key"].to_pylist()).encode()).hexdigest(),
-            "places": where,
+            "images": _digest(self._rows),
         }
         self._refuse_folder()  # on every rank alike
         trainer.strategy.barrier("FeatureWriter: the folder was looked at")
@@ -197,24 +196,18 @@ class FeatureWriter(Callback):
         rank_zero_info(f"{self.folder / RECORD}: features {tuple(shape)} in {self.dtype}, {len(self._rows)} images.")
 
 
-def _columns(data: MixedModalityDataModule) -> tuple[pa.Table, list[str]]:
-    """Key, modality and image id of every image to predict, and the ``places`` of their data sets.
-
-    Raises:
-        DataError: If two images have one key.
-    """
+def _columns(data: MixedModalityDataModule) -> pa.Table:
+    """What the store says of every image to predict."""
     rows = data.predict_rows()
-    table, first = rows.table, rows.first
-    keys = [dataset.sample_key(row) for dataset, row in map(table.locate, first.tolist())]
-    counts = pc.value_counts(pa.array(keys, pa.string()))
-    if len(counts) < len(keys):
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-        raise DataError(
-            f"{len(keys) - len(counts)} images to predict have the key of another one, such as {twice!r}: write one "
-            "store per data set."
-        )
-    columns = {"key": keys, "modality": table.modality[first], "image_id": table.image_id[first]}
-    return pa.table(columns), places(table.datasets)
+    return store_columns([rows.table.locate(row) for row in rows.first.tolist()])
+
+
+def _digest(rows: pa.Table) -> str:
+    """Tells which images in which order, and whether one has changed."""
+    digest = hashlib.sha256()
+    for name in ("file_id", "modality", "size", "changed"):
+        digest.update(rows[name].to_numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _difference(first: dict[str, Any], second: dict[str, Any]) -> str | None:

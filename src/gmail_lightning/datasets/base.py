@@ -6,6 +6,7 @@ import hashlib
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from gmail_lightning.datasets.ids import stable_ids
 
 # Readers find here all that they need.
 from gmail_lightning.transforms.decode import ImageDecodeError as ImageDecodeError
@@ -22,11 +25,6 @@ from gmail_lightning.types import ImageTextSample, Modality
 
 ModalityName = Literal["real", "generated"]
 CAPTION_BLOCK = 65_536  # rows whose captions are looked at together
-
-
-def folder_space(folder: Path) -> str:
-    """Returns a digest of a folder; it tells nobody where the folder is."""
-    return hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
 
 
 def one_line(text: str) -> str:
@@ -51,8 +49,6 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
         weight: Weight of each row in the training loss, shape (N,) float32; None where all count alike.
         summary: A line for the log: what was left out of the files, which protocol this is; None for nothing.
         not_for_training: Why no row may be trained on; None where nothing speaks against it.
-        place: A digest of the folder of the images where it alone tells them from others of the same names and ids:
-            generated images under the names of real ones. Cached features are compared by it, ids are not.
         has_questions: Rows ask something, and their captions answer it.
         no_captions: Why there are none, so that the rows are for prediction alone and every caption is empty.
         captions_are_classes: Captions are made of the names of classes, so that training may well have the same.
@@ -69,7 +65,6 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
     weight: np.ndarray | None = None
     summary: str | None = None
     not_for_training: str | None = None
-    place: str = ""
     has_questions: bool = False
     no_captions: str | None = None
     captions_are_classes: bool = False
@@ -101,6 +96,28 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
     def source(self, index: int) -> str:
         """Returns ``real``, or the name of the generator."""
         return Modality(self.modality[index]).name.lower()
+
+    def image_file(self, index: int) -> Path | None:
+        """Returns the file that a row's image is; None where it lies in a larger one, or in memory."""
+        return None
+
+    def file_ids(self) -> np.ndarray:
+        """Returns what the stored image of each row is known by, shape (N,) int64; cached features go by it.
+
+        It is the file, or the bytes, wherever they lie and in whatever order; here the key of the row.
+        """
+        return stable_ids(self.sample_key(row) for row in range(len(self)))
+
+    def file_stamps(self, rows: np.ndarray) -> np.ndarray:
+        """Returns size and time of change of the stored images of ``rows``, shape (n, 2) int64; zeros for no file."""
+        stamps = np.zeros((len(rows), 2), dtype=np.int64)
+        for i, row in enumerate(rows.tolist()):
+            file = self.image_file(row)
+            with suppress(FileNotFoundError):  # told when its pixels are asked for
+                if file is not None:
+                    status = file.stat()
+                    stamps[i] = status.st_size, status.st_mtime_ns
+        return stamps
 
     def picture(self) -> np.ndarray:
         """Returns a number per row, shape (N,), equal where rows show one file: evaluation takes each file once."""

@@ -18,11 +18,10 @@ from gmail_lightning.datasets.base import (
     ModalityName,
     constant_modality,
     decode_image,
-    folder_space,
     one_line,
     own_pair_ids,
 )
-from gmail_lightning.datasets.ids import id_column, id_text, running_numbers
+from gmail_lightning.datasets.ids import file_ids, id_column, id_text, running_numbers
 from gmail_lightning.datasets.protocols import CAPTION_PROTOCOLS, compare_counts, subset_of
 
 
@@ -125,7 +124,6 @@ class CaptionRows(ImageTextDataset):
         self._caption, self._file = (rows[name].combine_chunks() for name in ("caption", "file"))
         self.image_id = id_column(rows["image_id"], space)
         self.modality = constant_modality(modality, len(rows))
-        self.place = folder_space(self.image_root) if modality == "generated" else ""
         if self.no_captions is not None:
             self._caption = pa.array([""] * len(rows))
             self.pair_id = own_pair_ids(self)
@@ -156,7 +154,13 @@ class CaptionRows(ImageTextDataset):
         self.summary = f"{self.annotations}: {name}: {found['images']:,} images, {found['captions']:,} captions."
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
-        return decode_image((self.image_root / self._file[index].as_py()).read_bytes())
+        return decode_image(self.image_file(index).read_bytes())
+
+    def image_file(self, index: int) -> Path:  # noqa: D102
+        return self.image_root / str(self._file[index])
+
+    def file_ids(self) -> np.ndarray:  # noqa: D102
+        return file_ids(self.image_root, self._file.to_pylist())
 
     def captions(self, index: int) -> list[str]:  # noqa: D102
         return [self._caption[index].as_py()]

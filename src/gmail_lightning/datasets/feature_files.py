@@ -1,6 +1,6 @@
 """The files of a feature store: one memory-mapped array, its rows, and what it was made with.
 
-``features.npy`` (N, D) or (N, T, W), ``rows.parquet`` with the key, modality and image id of each row, and
+``features.npy`` (N, D) or (N, T, W), ``rows.parquet`` with what ``store_columns`` says of each row, and
 ``store.json``, which is written last: a folder without it is no store. While the features are made they lie in
 ``parts/``, each part whole or not there.
 """
@@ -11,14 +11,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from gmail_lightning.datasets.base import ImageTextDataset
+from gmail_lightning.datasets.base import DataError, ImageTextDataset
 from gmail_lightning.datasets.shards import TEMPORARY, temporary, write_table
 
 FEATURES, ROWS, RECORD, PARTS = "features.npy", "rows.parquet", "store.json", "parts"
@@ -40,9 +41,34 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     path.replace(folder / RECORD)
 
 
-def places(datasets: Iterable[ImageTextDataset]) -> list[str]:
-    """Where the images of data sets lie, as far as keys and ids do not tell them from other images."""
-    return sorted({dataset.place for dataset in datasets})
+def store_columns(rows: Sequence[tuple[ImageTextDataset, int]]) -> pa.Table:
+    """Returns what a store says of its rows: ``file_id``, by which they are found, and what shows that it still holds.
+
+    The columns are ``key`` (for messages), ``modality``, ``image_id``, ``file_id``, ``size`` and ``changed``.
+
+    Raises:
+        DataError: If an image is real in one row and generated in another.
+    """
+    known = {id(dataset): dataset.file_ids() for dataset in {id(dataset): dataset for dataset, _ in rows}.values()}
+    stamps = np.concatenate([dataset.file_stamps(np.array([row])) for dataset, row in rows])
+    table = pa.table(
+        {
+            "key": [dataset.sample_key(row) for dataset, row in rows],
+            "modality": np.array([dataset.modality[row] for dataset, row in rows]),
+            "image_id": np.array([dataset.image_id[row] for dataset, row in rows]),
+            "file_id": np.array([known[id(dataset)][row] for dataset, row in rows]),
+            "size": stamps[:, 0],
+            "changed": stamps[:, 1],
+        }
+    )
+    branches = table.group_by("file_id").aggregate([("modality", "count_distinct"), ("key", "min")])
+    twice = branches.filter(pc.greater(branches["modality_count_distinct"], 1))
+    if len(twice):
+        raise DataError(
+            f"{len(twice)} images to predict are both real and generated, such as {twice['key_min'][0].as_py()!r}: "
+            "write one store per data set."
+        )
+    return table
 
 
 def write_part(folder: Path, row_id: np.ndarray, features: np.ndarray) -> None:
@@ -70,7 +96,7 @@ def merge_parts(folder: Path, rows: pa.Table, record: dict[str, Any]) -> tuple[i
 
     Args:
         folder: The store; its parts hold every row.
-        rows: Columns ``key``, ``modality`` and ``image_id`` of the N rows.
+        rows: ``store_columns`` of the N rows.
         record: What the features were made with.
     """
     features: np.memmap[Any, Any] | None = None

@@ -15,23 +15,24 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
-from gmail_lightning.datasets.feature_files import FEATURES, RECORD, ROWS, places, read_record
+from gmail_lightning.datasets.feature_files import FEATURES, RECORD, ROWS, read_record
 
 
 class FeatureStore(ImageTextDataset):
     """The rows of another data set, with features that ``EmbeddingTask`` and ``FeatureWriter`` wrote for its images.
 
-    Captions, ids and labels are those of ``dataset``; its pixels are not decoded. Each picture goes by the key of one
-    of its rows, so that five captions of one image share its features. The store may hold more than ``dataset`` asks
-    for. Whether the features are those of the encoder in use is checked when a run starts.
+    Captions, ids and labels are those of ``dataset``; its pixels are not decoded. Each picture goes by its file or its
+    bytes, wherever they lie and in whatever order the rows are, so that five captions of one image share its features;
+    images that were changed since are noticed. The store may hold more than ``dataset`` asks for. Whether the features
+    are those of the encoder in use is checked when a run starts.
 
     Args:
         path: Folder of the store.
         dataset: Rows to read, those the store was written for or some of them.
 
     Raises:
-        DataError: If the store is missing, unfinished or damaged, has no features of some image, or was written for
-            other images of the same names.
+        DataError: If the store is missing, unfinished or damaged, has no features of some image, was written for
+            other data, or an image has been changed since.
     """
 
     feature_store: dict[str, Any]
@@ -65,13 +66,15 @@ class FeatureStore(ImageTextDataset):
     def _join(self, rows: pa.Table) -> np.ndarray:
         """Row of the store of each row, shape (N,)."""
         dataset = self.dataset
-        if not set(places([dataset])) <= set(self.feature_store["places"]):
+        if "file_id" not in rows.column_names:
             raise DataError(
-                f"{self.path} was written for images below another folder than those of {dataset.describe(0)}: equal "
-                "names do not mean equal images. Write the store again, also where the folder was only moved."
+                f"{self.path} is of an earlier release, which knew images by the names of their rows: equal names do "
+                "not mean equal images. Write the store again."
             )
-        keys = pa.array([dataset.sample_key(i) for i in range(len(dataset))], pa.string())
-        own = pc.index_in(keys, value_set=rows["key"]).fill_null(-1).to_numpy().astype(np.int64)
+        ids = dataset.file_ids()
+        own: np.ndarray = (
+            pc.index_in(pa.array(ids), value_set=rows["file_id"]).fill_null(-1).to_numpy().astype(np.int64)
+        )
         found = np.flatnonzero(own >= 0)
         for name in ("modality", "image_id"):
             other = rows[name].to_numpy()[own[found]] != getattr(dataset, name)[found]
@@ -81,18 +84,27 @@ class FeatureStore(ImageTextDataset):
                     f"{dataset.describe(row)} has {name} {getattr(dataset, name)[row]}, but in {self.path} it is "
                     f"{rows[name][own[row]].as_py()} ({other.sum()} such rows): the store was written for other data."
                 )
-        _, picture = np.unique(dataset.picture(), return_inverse=True)
-        of_picture = np.full(picture.max(initial=-1) + 1, -1)
-        np.maximum.at(of_picture, picture, own)
-        missing = of_picture[picture] < 0
+        missing = own < 0
         if missing.any():
             raise DataError(
-                f"{self.path} has no features of {(of_picture < 0).sum()} of {len(of_picture)} images, such as "
-                f"{dataset.describe(int(missing.argmax()))}; it holds {len(rows)}. Write a store for all of them, or "
-                "give the data set that it was written for."
+                f"{self.path} has no features of {len(np.unique(ids[missing]))} of {len(np.unique(ids))} images, such "
+                f"as {dataset.describe(int(missing.argmax()))}; it holds {len(rows)}. Write a store for all of them, "
+                "or give the data set that it was written for."
             )
-        joined: np.ndarray = of_picture[picture]
-        return joined
+        self._refuse_changed(np.unique(ids, return_index=True)[1], own, rows)
+        return own
+
+    def _refuse_changed(self, first: np.ndarray, own: np.ndarray, rows: pa.Table) -> None:
+        """Compares size and time of change of each image with those that it had, as far as there is a file."""
+        now = self.dataset.file_stamps(first)
+        then = np.stack([rows[name].to_numpy() for name in ("size", "changed")], axis=1)[own[first]]
+        changed = (now != then).any(axis=1) & now.any(axis=1) & then.any(axis=1)
+        if changed.any():
+            raise DataError(
+                f"{self.dataset.describe(int(first[changed.argmax()]))}: the image was changed after its features were "
+                f"written to {self.path}, or copied without its time of change ({changed.sum()} such images). Write "
+                "the store again, or copy the images with their times (cp -p, rsync -t)."
+            )
 
     def _open(self) -> np.ndarray:
         if self._features is None:
@@ -111,6 +123,15 @@ class FeatureStore(ImageTextDataset):
         return torch.from_numpy(np.array(self._open()[self._row[index]]))
 
     # All else is as the data set says
+
+    def image_file(self, index: int) -> Path | None:  # noqa: D102
+        return self.dataset.image_file(index)
+
+    def file_ids(self) -> np.ndarray:  # noqa: D102
+        return self.dataset.file_ids()
+
+    def file_stamps(self, rows: np.ndarray) -> np.ndarray:  # noqa: D102
+        return self.dataset.file_stamps(rows)
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
         return self.dataset.read_image(index)

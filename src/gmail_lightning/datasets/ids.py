@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gmail_lightning.datasets.base import DataError
 from gmail_lightning.transforms.image import SUFFIXES
+from gmail_lightning.types import DataError
 
 MISSING = {"", "nan", "<na>", "null", "none"}  # as pandas, NumPy and Python write what is not there
 PLAIN = r"^(0|[1-9][0-9]{0,17})$"  # integers that Arrow turns into numbers at once

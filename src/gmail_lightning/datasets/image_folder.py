@@ -18,7 +18,6 @@ from gmail_lightning.datasets.base import (
     ModalityName,
     constant_modality,
     decode_image,
-    folder_space,
     own_pair_ids,
 )
 from gmail_lightning.datasets.ids import file_ids, is_image_name
@@ -45,10 +44,15 @@ class ClassImages(ImageTextDataset):
         self.modality = constant_modality(modality, len(files))
         self.image_id = file_ids(self.root, files, space)
         self.pair_id = own_pair_ids(self)
-        self.place = folder_space(self.root) if modality == "generated" else ""
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
-        return decode_image((self.root / self._files[index]).read_bytes())
+        return decode_image(self.image_file(index).read_bytes())
+
+    def image_file(self, index: int) -> Path:  # noqa: D102
+        return self.root / self._files[index]
+
+    def file_ids(self) -> np.ndarray:  # noqa: D102
+        return file_ids(self.root, self._files)
 
     def captions(self, index: int) -> list[str]:  # noqa: D102
         return [fill(template, self.class_names[self.label[index]]) for template in self.templates]

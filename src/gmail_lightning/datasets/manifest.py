@@ -18,7 +18,6 @@ from gmail_lightning.datasets.base import (
     ModalityName,
     constant_modality,
     decode_image,
-    folder_space,
     one_line,
     own_pair_ids,
 )
@@ -115,8 +114,6 @@ class ManifestDataset(ImageTextDataset):
             self.modality = self._read_modality(columns["modality"])
         else:
             self.modality = constant_modality(modality, length)
-        if (self.modality == Modality.GENERATED).any():
-            self.place = folder_space(self.path if self._holds_bytes else self.image_root)
         self._set_ids(columns, space)
         if "label" in columns:
             self._read_labels(columns["label"])
@@ -195,8 +192,18 @@ class ManifestDataset(ImageTextDataset):
         self.label = labels[codes]
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
-        value = self._image[index].as_py()
-        return decode_image(value if isinstance(value, bytes) else (self.image_root / value).read_bytes())
+        file = self.image_file(index)
+        return decode_image(self._image[index].as_py() if file is None else file.read_bytes())
+
+    def image_file(self, index: int) -> Path | None:  # noqa: D102
+        return None if self._holds_bytes else self.image_root / self._image[index].as_py()
+
+    def file_ids(self) -> np.ndarray:  # noqa: D102
+        if self._content is not None:
+            return self._content
+        values, codes = _codes(self._image)
+        ids: np.ndarray = file_ids(self.image_root, values.to_pylist())[codes]
+        return ids
 
     def captions(self, index: int) -> list[str]:  # noqa: D102
         return [""] if self._caption is None else [one_line(text) for text in self._caption[index].as_py()]

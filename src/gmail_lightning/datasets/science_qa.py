@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from gmail_lightning.datasets.base import (
     decode_image,
     own_pair_ids,
 )
-from gmail_lightning.datasets.ids import stable_ids
+from gmail_lightning.datasets.ids import file_ids, stable_ids
 from gmail_lightning.datasets.parsed import read_json
 from gmail_lightning.datasets.protocols import compare_counts, subset_of
 
@@ -95,7 +96,13 @@ class ScienceQA(ImageTextDataset):
         self.pair_id = own_pair_ids(self)
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
-        return decode_image((self.image_root / self._file[index].as_py()).read_bytes())
+        return decode_image(self.image_file(index).read_bytes())
+
+    def image_file(self, index: int) -> Path:  # noqa: D102
+        return self.image_root / str(self._file[index])
+
+    def file_ids(self) -> np.ndarray:  # noqa: D102
+        return file_ids(self.image_root, self._file.to_pylist())
 
     def captions(self, index: int) -> list[str]:
         """Returns the answer."""

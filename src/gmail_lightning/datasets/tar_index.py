@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
         ("own_id", pa.int64()),
     ]
 )
-VERSION = 2  # of what an index says; one of another version is made anew
+VERSION = 3  # of what an index says; one of another version is made anew
 UNREADABLE = "unreadable text"
 
 Places = dict[str, tuple[int, int]]
@@ -115,11 +115,11 @@ def index_tar(path: Path, described: bool = False) -> tuple[pa.Table, dict[str, 
         images = {key: found["image"] for key, found in members.items() if "image" in found}
         first = min(images, key=images.__getitem__, default="")
         offset, size = images.get(first, (0, 0))
-        image = b"" if described else os.pread(file.fileno(), size, offset)
+        image = os.pread(file.fileno(), size, offset)
     table = pa.table(columns, schema=TEXTS)
     if beside is not None:
         table = _with_parquet(table, beside)
-    ids = np.full(len(table), -1) if described else _own_ids(image, first, table["key"].to_pylist())
+    ids = _own_ids(image, first, table["key"].to_pylist())
     try:
         return table.append_column("own_id", pa.array(ids, pa.int64())).cast(SCHEMA), unused
     except pa.ArrowInvalid as error:

@@ -17,6 +17,7 @@ from gmail_lightning.datasets.tar_index import tar_index
 
 STORE = ("key", "shard", "split", "modality", "image_id", "pair_id", "caption", "generator", "status", "reason")
 REPEATING = ("shard", "split", "modality", "generator", "status", "reason")  # few values, many rows
+MEMBERS = ("image_offset", "image_size", "json_offset", "json_size", "own_id")  # columns of the index
 REPAIRED = ("repaired_key", "repair_score")
 
 
@@ -26,7 +27,8 @@ class TarRows:
 
     Attributes:
         columns: ``key, caption, status, reason, image_id, pair_id``; of the image ``tar`` (its number), ``offset``,
-            ``size`` (null where there is none) and ``picture`` (equal where rows show one image); ``json_offset`` and
+            ``size`` (null where there is none), ``picture`` (equal where rows show one image) and ``file_id`` (of its
+            key and its tar, see :mod:`~gmail_lightning.datasets.ids`); ``json_offset`` and
             ``json_size`` of the record; of a store also ``split, modality, generator``; scores where they were asked
             for.
         tars: Paths of the tars.
@@ -98,7 +100,7 @@ def store_rows(tars: list[Path], all_tars: bool, scores: list[str]) -> TarRows:
     at = pc.index_in(rows["key"], value_set=whole(index["key"]))
     here = pc.fill_null(pc.equal(pa.array(number).take(at), tar), False)
     at = pc.if_else(here, at, pa.scalar(None, at.type))  # found, but in the tar of another shard
-    members = {name: whole(index[name]).take(at) for name in ("image_offset", "image_size", "json_offset", "json_size")}
+    members = {name: whole(index[name]).take(at) for name in MEMBERS}
     stored = pc.not_equal(rows["status"].cast(pa.string()), "failed")
     _refuse(folder, rows, pc.and_(stored, pc.is_null(members["image_offset"])), "its tar has no image of this key")
     return TarRows(
@@ -115,6 +117,7 @@ def _with_members(
 ) -> pa.RecordBatch:
     columns = dict(zip(rows.schema.names, rows.columns, strict=True))
     columns |= {"tar": tar, "offset": members["image_offset"], "size": members["image_size"], "picture": picture}
+    columns["file_id"] = members["own_id"]
     return pa.RecordBatch.from_pydict({**columns, **{name: members[name] for name in ("json_offset", "json_size")}})
 
 
@@ -185,7 +188,7 @@ def repaired_rows(given: TarRows, folder: Path) -> TarRows:
         folder, rows, pc.fill_null(pc.not_equal(split.take(at), split), False), "its repaired_key is of another split"
     )
     columns = dict(zip(rows.schema.names, rows.columns, strict=True))
-    for name in ("tar", "offset", "size", "picture", "image_id", "json_offset", "json_size"):
+    for name in ("tar", "offset", "size", "picture", "file_id", "image_id", "json_offset", "json_size"):
         columns[name] = columns[name].take(at)
     columns["image_status"] = rows["status"].cast(pa.string()).take(at)
     return replace(given, columns=pa.RecordBatch.from_pydict(columns))

@@ -19,7 +19,6 @@ from gmail_lightning.datasets.base import (
     ModalityName,
     constant_modality,
     decode_image,
-    folder_space,
     one_line,
     own_pair_ids,
 )
@@ -130,8 +129,6 @@ class TarShards(ImageTextDataset):
         self.split = rows["split"][int(np.argmax(keep))].as_py() if self.is_store else split
         if weight is not None:
             self.weight = self._weights(rows.filter(pa.array(keep))["clip_score"])
-        if self.is_store:
-            self.place = folder_space(self.folder)
 
     def _check_split(self, rows: pa.RecordBatch, split: str | None) -> None:
         known = sorted(pc.unique(rows["split"].cast(pa.string())).to_pylist(), key=str)
@@ -158,9 +155,11 @@ class TarShards(ImageTextDataset):
     def _take(self, rows: pa.RecordBatch, modality: ModalityName | None, source: str | None) -> None:
         """Keeps the columns of the rows in use."""
         self._key, self._caption = rows["key"], rows["caption"]
-        names = ("tar", "offset", "size", "picture", "row", "json_offset", "json_size")
-        self._tar, self._offset, self._size, self._picture, self._row, self._json_offset, self._json_size = (
-            rows[name].fill_null(-1).to_numpy() for name in names
+        self._tar, self._offset, self._size, self._picture, self._file_id, self._row = (
+            rows[name].fill_null(-1).to_numpy() for name in ("tar", "offset", "size", "picture", "file_id", "row")
+        )
+        self._json_offset, self._json_size = (
+            rows[name].fill_null(-1).to_numpy() for name in ("json_offset", "json_size")
         )
         self.image_id, self.pair_id = (rows[name].fill_null(-1).to_numpy() for name in ("image_id", "pair_id"))
         if modality is not None:
@@ -194,6 +193,15 @@ class TarShards(ImageTextDataset):
     def encoded(self, index: int) -> bytes:
         """Returns the image of a row as it is stored."""
         return self._read(index, self._offset, self._size)
+
+    def file_ids(self) -> np.ndarray:  # noqa: D102
+        ids: np.ndarray = self._file_id
+        return ids
+
+    def file_stamps(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the size of each image, and the time of change of its tar."""
+        changed = np.array([stamp[1] for stamp in self._stamps], dtype=np.int64)
+        return np.stack([self._size[rows], changed[self._tar[rows]]], axis=1)
 
     def _read(self, index: int, offset: np.ndarray, size: np.ndarray) -> bytes:
         tar = self._tar[index]
