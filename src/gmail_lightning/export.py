@@ -14,6 +14,7 @@ from gmail_lightning.models.fingerprint import fingerprint, fingerprint_differen
 from gmail_lightning.models.lora import LoRA, merge_lora
 from gmail_lightning.models.modality import ModalityEncoder, is_adapter_key
 from gmail_lightning.models.open_clip import OpenCLIPEncoder, save_open_clip
+from gmail_lightning.models.weights import plain_names
 
 
 def export_checkpoint(
@@ -64,7 +65,8 @@ def export_checkpoint(
 def _merged(path: str | Path, encoder: ImageEncoder | None, branch: str) -> tuple[OpenCLIPEncoder, dict[str, Tensor]]:
     """Returns the encoder of a checkpoint and the state dict of its open_clip model, adapters merged."""
     content = torch.load(path, map_location="cpu", weights_only=True)
-    if any(is_adapter_key(key) for key in content.get("state_dict", {})):
+    held = plain_names(content.get("state_dict", {}))
+    if any(is_adapter_key(key) for key in held):
         branches = ModalityEncoder.from_checkpoint(path, encoder)
         plain = _open_clip(branches.encoder, path)
         if branch == "real" and branches.real_path != "adapted":
@@ -79,11 +81,7 @@ def _merged(path: str | Path, encoder: ImageEncoder | None, branch: str) -> tupl
             _fold_text(state, branches.text_side_projection.weight.detach())
         return plain, state
     plain = _open_clip(build_encoder(content.get("hyper_parameters", {}), path) if encoder is None else encoder, path)
-    trained = {
-        key.removeprefix("encoder."): value
-        for key, value in content.get("state_dict", {}).items()
-        if key.startswith("encoder.")
-    }
+    trained = {key.removeprefix("encoder."): value for key, value in held.items() if key.startswith("encoder.")}
     missing, unknown = plain.load_state_dict(trained, strict=False)
     if unknown or not trained:
         raise ValueError(f"{path}: not a checkpoint of this encoder (unknown: {unknown[:4]}, loaded: {len(trained)}).")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +13,15 @@ from torch import Tensor
 
 from gmail_lightning.models.base import ImageEncoder
 from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
+from gmail_lightning.models.weights import plain_names
 
 #: Arguments of ``ModalityEncoder`` that say how images are routed, and those of the text side.
 IMAGE_SETTINGS = ("rank", "alpha", "targets", "real_path", "projection")
 TEXT_SETTINGS = ("text_side", "text_rank", "text_targets")
+
+
+#: Packages whose classes a checkpoint may name before they are imported.
+PACKAGES = ("gmail_lightning", "lightning", "torch", "torchvision", "transformers")
 
 
 class Branches(NamedTuple):
@@ -62,7 +69,8 @@ def read_branches(path: str | Path) -> Branches:
     if base is None or "rank" not in settings:
         raise ValueError(f"{path}: no branches of an encoder in it. Give a checkpoint of an alignment task.")
     prefix = "encoder."
-    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    held = plain_names(content["state_dict"])
+    state = {k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)}
     of_images, of_texts = (
         {n: settings[n] for n in names if n in settings} for names in (IMAGE_SETTINGS, TEXT_SETTINGS)
     )
@@ -83,6 +91,7 @@ def build_encoder(settings: dict[str, Any], path: str | Path) -> ImageEncoder:
     recorded = settings.get("encoder")
     if not isinstance(recorded, dict) or "class_path" not in recorded:
         raise ValueError(f"{path}: it does not record its encoder (the task was built in Python). Pass encoder=.")
+    check_classes(recorded, path)
     module, _, name = recorded["class_path"].rpartition(".")
     found = getattr(importlib.import_module(module or "gmail_lightning.models"), name, None)
     if found is None and not module:
@@ -92,6 +101,27 @@ def build_encoder(settings: dict[str, Any], path: str | Path) -> ImageEncoder:
             f"{path}: encoder {recorded['class_path']!r} is no ImageEncoder. Import its module, or pass encoder=."
         )
     return found(**recorded.get("init_args", {}))
+
+
+def check_classes(recorded: Any, path: str | Path) -> None:
+    """Looks at the classes that a checkpoint names, at any depth, before a module is imported for one of them.
+
+    Raises:
+        ValueError: If the module of one is neither imported nor of a package that this one is built on.
+    """
+    if isinstance(recorded, Mapping):
+        for key in ("class_path", "_instantiator"):
+            name = recorded.get(key)
+            module = name.rpartition(".")[0] if isinstance(name, str) else ""
+            if module and module not in sys.modules and module.partition(".")[0] not in PACKAGES:
+                raise ValueError(
+                    f"{path} names {name}, and its module is not imported: a file may not have it imported. Import it "
+                    "first where you know it, or build the parts and pass them (encoder=...)."
+                )
+        recorded = list(recorded.values())
+    if isinstance(recorded, Sequence) and not isinstance(recorded, str):
+        for part in recorded:
+            check_classes(part, path)
 
 
 def _subclasses(base: type[Any]) -> list[type[Any]]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from gmail_lightning.models.branches import newest_checkpoint
 from gmail_lightning.models.hf_tower import OFFLINE
 from gmail_lightning.models.language_model import build_language_model, load_tokenizer, writing_model
+from gmail_lightning.models.weights import plain_names
 
 # Names of the two layers: ours and of transformers, or of LLaVA's own files (mm_projector.bin).
 _PROJECTOR_KEY = re.compile(
@@ -113,7 +114,7 @@ def load_projector(projector: nn.Module, path: str) -> None:
         raise ValueError(f"projector={path!r}: no checkpoint there. Run the first stage, or give its file.")
     content = torch.load(file, map_location="cpu", weights_only=True)
     found = {}
-    for key, value in content.get("state_dict", content).items():
+    for key, value in plain_names(content.get("state_dict", content)).items():
         if match := _PROJECTOR_KEY.search(key):
             layer = {"0": "linear_1", "2": "linear_2"}.get(match[1], match[1])
             found[f"{layer}.{match[2]}"] = value.float()

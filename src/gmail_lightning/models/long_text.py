@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gmail_lightning.models.base import DualEncoder
+from gmail_lightning.models.weights import plain_names
 from gmail_lightning.types import TextSpec
 
 KEEP = 20  # positions that Long-CLIP found well trained
@@ -214,4 +215,5 @@ def read_long_clip(path: str | Path) -> dict[str, Tensor] | None:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError):  # no plain torch file: safetensors, TorchScript, the old format
         return None
-    return long_clip_state_dict(state) if isinstance(state, dict) and is_long_clip(state) else None
+    state = plain_names(state.get("state_dict", state)) if isinstance(state, dict) else {}
+    return long_clip_state_dict(state) if is_long_clip(state) else None

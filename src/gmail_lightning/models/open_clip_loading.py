@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gmail_lightning.models.base import Tower
+from gmail_lightning.models.weights import plain_file, plain_names
 
 #: The small CLIPs that ship with the package: one knows the real hand, the other all hands but that.
 SHIPPED = {"emoji": Path(__file__).parent / "emoji_clip", "emoji_scorer": Path(__file__).parent / "emoji_scorer"}
@@ -54,8 +55,8 @@ def _refuse_other_context(path: str, context_length: int) -> None:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError):  # another format
         return
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    for key in ("positional_embedding", "text.positional_embedding", "module.positional_embedding"):
+    state = plain_names(state.get("state_dict", state)) if isinstance(state, dict) else {}
+    for key in ("positional_embedding", "text.positional_embedding"):
         if key in state and len(state[key]) != context_length:
             raise ValueError(
                 f"{path} has {len(state[key])} text positions and the model {context_length}: give a config with "
@@ -123,7 +124,8 @@ def build_model(
     if pretrained is not None:
         _refuse_other_context(pretrained, model_config["text_cfg"].get("context_length", 77))
         try:
-            open_clip.load_checkpoint(model, pretrained)
+            with plain_file(pretrained) as file:
+                open_clip.load_checkpoint(model, file)
         except Exception as error:
             raise RuntimeError(
                 f"{pretrained} does not fit {reference or 'config'}: {error} Of a checkpoint of this library, make a "

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from gmail_lightning.losses.captioning import caption_loss, counted_tokens, refuse_masked
 from gmail_lightning.models.base import Captioner
 from gmail_lightning.models.language_model import build_language_model, caption_labels, max_positions, written
+from gmail_lightning.models.weights import plain_names
 
 Mapper = Literal["mlp", "transformer", "linear"]
 HEADS = 8  # of the transformer mapper
@@ -162,7 +163,7 @@ class ClipCap(Captioner):
         return ids[0]
 
     def _load(self, path: str) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = plain_names(torch.load(path, map_location="cpu", weights_only=True))
         # Masks that were buffers in older releases of transformers.
         state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
         own = self.state_dict()

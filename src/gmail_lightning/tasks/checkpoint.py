@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor
 
 from gmail_lightning.models.base import ImageEncoder
+from gmail_lightning.models.branches import check_classes
 from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
 from gmail_lightning.models.modality import ModalityEncoder, is_adapter_key
+from gmail_lightning.models.weights import plain_names
 
 #: What ``torch.load(weights_only=True)`` reads back, by exact type: a subclass goes by the name of its class.
 PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device, torch.Size, Tensor)
@@ -115,7 +117,7 @@ class SmallCheckpoints(LightningModule):
                 plain = {name: _plain(value) for name, value in checkpoint[key].items()}
                 checkpoint[key] = {name: value for name, value in plain.items() if value is not _LIVE}
         kept = self._kept_keys()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        checkpoint["state_dict"] = plain_names({k: v for k, v in checkpoint["state_dict"].items() if k in kept})
         settings = checkpoint.get("hyper_parameters", {})
         if isinstance(settings.get("aligned"), str) and isinstance(self.encoder, ModalityEncoder):
             settings["aligned"] = self.encoder.settings  # the adapters themselves are in the state
@@ -126,9 +128,29 @@ class SmallCheckpoints(LightningModule):
         if base is not None:
             checkpoint["base_fingerprint"] = base
 
+    @classmethod
+    def load_from_checkpoint(  # noqa: D102
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_file():
+            content = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
+            check_classes(content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As ``nn.Module``'s; frozen tensors are not in a checkpoint and so not reported as missing."""
-        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        """As ``nn.Module``'s; frozen tensors are not in a checkpoint and so not reported as missing.
+
+        Wrappers, as ``torch.compile`` makes them, may have been there or be here: names are compared without them.
+        """
+        own = plain_names({key: key for key in self.state_dict()})
+        state = {own.get(name, name): value for name, value in plain_names(state_dict).items()}
+        keys = super().load_state_dict(state, strict=strict, assign=assign)
         kept = self._kept_keys()
         return keys._replace(missing_keys=[key for key in keys.missing_keys if key in kept])
 
@@ -139,7 +161,8 @@ class SmallCheckpoints(LightningModule):
             MisconfigurationException: Naming the tensors that are missing or unknown, or both fingerprints and their
                 difference.
         """
-        kept, given = self._kept_keys(), set(checkpoint["state_dict"])
+        kept = set(plain_names(dict.fromkeys(self._kept_keys())))
+        given = set(plain_names(checkpoint["state_dict"]))
         if kept != given:
             missing, unknown = sorted(kept - given)[:5], sorted(given - kept)[:5]
             raise MisconfigurationException(
