@@ -390,11 +390,7 @@ def test_two_processes(
     assert torch.load(newest(f"runs/two-{name}") / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
-CONCEPTUAL = "image-text pairs as img2dataset leaves them have no pair ids, and so have the images made of them"
-
-
 @pytest.mark.parametrize("name", ["cc3m", "cc12m"])
-@pytest.mark.xfail(strict=True, reason=CONCEPTUAL)
 @pytest.mark.xdist_group("published-b16")
 def test_retrieval_vitb16_conceptual_captions(name: str, generated: None, b16: dict[str, Any]) -> None:
     published_data.MAKERS[name](Path("data"))

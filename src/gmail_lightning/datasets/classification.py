@@ -13,6 +13,7 @@ import numpy as np
 from gmail_lightning.datasets.base import DataError, ModalityName
 from gmail_lightning.datasets.ids import stable_ids
 from gmail_lightning.datasets.image_folder import ClassImages, class_folders, given_names, images_below, listed
+from gmail_lightning.datasets.parsed import read_text
 from gmail_lightning.datasets.protocols import CLASS_PROTOCOLS, compare_counts, subset_of
 from gmail_lightning.transforms.text import prompt_class_names, prompt_templates
 
@@ -175,7 +176,7 @@ def _sun397(folder: Path, split: str) -> tuple[list[Path], list[int], list[str],
     if split == "all":
         files = images_below(folder, left_out)
     else:
-        files = [line.lstrip("/") for line in (folder / SUN397_LISTS[split]).read_text().split()]
+        files = [line.lstrip("/") for line in read_text(folder / SUN397_LISTS[split]).split()]
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             raise FileNotFoundError(

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from gmail_lightning.datasets.base import DataError, ModalityName
 from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows, caption_table
 from gmail_lightning.datasets.coco import karpathy_split, read_annotations
-from gmail_lightning.datasets.parsed import read_once
+from gmail_lightning.datasets.parsed import read_once, read_text
 
 PROTOCOLS = {"full": "flickr30k_full", "train": "flickr30k_train", "val": "flickr30k_val", "test": "flickr30k_1k"}
 
@@ -61,8 +61,7 @@ class Flickr30k(CaptionRows):
         return read_once(self.annotations, "captions", lambda: caption_table(self.annotations, self._token_rows()))
 
     def _token_rows(self) -> Iterator[CaptionRow]:
-        text = self.annotations.read_text(encoding="utf-8-sig")
-        for number, line in enumerate(text.split("\n"), start=1):
+        for number, line in enumerate(read_text(self.annotations).split("\n"), start=1):
             key, tab, caption = line.partition("\t")
             if not line:
                 continue

@@ -21,6 +21,7 @@ from gmail_lightning.datasets.base import (
     own_pair_ids,
 )
 from gmail_lightning.datasets.ids import file_ids, is_image_name
+from gmail_lightning.datasets.parsed import read_text
 from gmail_lightning.transforms.text import fill, given_templates
 
 
@@ -228,7 +229,7 @@ def _read_names(path: Path) -> list[str] | dict[str, str]:
         raise DataError(
             f"{path}: no such file of class names. Check the path; a relative one starts from {Path.cwd()}."
         )
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     if path.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:

@@ -71,15 +71,28 @@ def _is_of(file: Path, stamp: str) -> bool:
         return False
 
 
+def read_text(path: Path) -> str:
+    """Returns what a text file holds, without a byte order mark.
+
+    Raises:
+        DataError: If there is no such file, or it is not UTF-8.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such annotation file. Check the path; a relative one starts from {Path.cwd()}.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error}). Convert the file.") from error
+
+
 def read_json(path: Path) -> Any:
     """Returns what a JSON file holds.
 
     Raises:
-        DataError: If there is no such file, or it is not JSON.
+        DataError: As ``read_text``, or if it is not JSON.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such annotation file. Check the path.")
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}).") from error

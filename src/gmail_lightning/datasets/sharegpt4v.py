@@ -11,7 +11,7 @@ from typing import Any, Literal
 from gmail_lightning.datasets.base import DataError, ModalityName
 from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows, caption_table
 from gmail_lightning.datasets.ids import is_image_name
-from gmail_lightning.datasets.parsed import read_once
+from gmail_lightning.datasets.parsed import read_once, read_text
 
 VALIDATION_ENTRIES = 1_000
 BLOCK = 1 << 20  # characters of the file read at a time
@@ -108,19 +108,12 @@ class Urban1k(CaptionRows):
                     f"{root}: {len(lonely)} {what} in {other}: {min(lonely)} and so on. Add or remove them."
                 )
         rows = [
-            CaptionRow(_first_line(path), images[name].name, f"urban1k/{name}", f"urban1k/{name}")
+            CaptionRow(read_text(path).partition("\n")[0], images[name].name, f"urban1k/{name}", f"urban1k/{name}")
             for name, path in captions.items()
         ]
         self.set_rows(caption_table(self.annotations, rows), "real")
         self.check_protocol("urban1k", subset)
         self.split = "test"
-
-
-def _first_line(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig").partition("\n")[0]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error}). Convert the file.") from error
 
 
 def json_entries(path: Path) -> Iterator[Any]:

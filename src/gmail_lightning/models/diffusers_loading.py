@@ -48,7 +48,7 @@ def load_pipeline(folder: Path, variant: str | None, dtype: torch.dtype, fresh: 
     import diffusers
     import transformers
 
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8-sig"))
     built = {}
     for name in fresh:
         library, class_name = index.get(name) or (None, "")

@@ -76,7 +76,7 @@ def check_activation(model_name: str | None, pretrained: str, model_config: dict
     if tag := open_clip.get_pretrained_cfg(model_name, pretrained) if model_name else {}:
         trained, fix = bool(tag.get("quick_gelu", False)), "model_name with -quickgelu for QuickGELU, without for GELU"
     elif Path(pretrained).is_file() and beside.is_file():
-        trained = bool(json.loads(beside.read_text(encoding="utf-8"))["model_cfg"].get("quick_gelu", False))
+        trained = bool(json.loads(beside.read_text(encoding="utf-8-sig"))["model_cfg"].get("quick_gelu", False))
         fix = f"pretrained={str(beside.parent)!r}"
     else:
         return
