@@ -1,16 +1,24 @@
 """Weights that were saved from a wrapped or compiled model, and classes that a checkpoint names."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save_file
+from tiny_encoders import hf_config
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
+from transformers import AutoConfig, AutoModel, CLIPImageProcessor
 
 from gmail_lightning.export import export_checkpoint
-from gmail_lightning.models import ClipCap, ModalityEncoder, OpenCLIPEncoder
+from gmail_lightning.models import ClipCap, HFCLIPEncoder, HFImageEncoder, ModalityEncoder, OpenCLIPEncoder
 from gmail_lightning.models.branches import build_encoder
+from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference
+from gmail_lightning.models.language_model import build_language_model
+from gmail_lightning.models.open_clip_loading import SHIPPED
 from gmail_lightning.models.weights import plain_names
 from gmail_lightning.tasks import AlignmentTask, RetrievalTask
 
@@ -51,8 +59,6 @@ def test_open_clip_loads_wrapped_weights(tmp_path: Path, wrap, kind: str) -> Non
     state = {wrap(key): value for key, value in first.model.state_dict().items()}
     path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pt")
     if kind == "safetensors":
-        from safetensors.torch import save_file
-
         save_file(state, path)
     else:
         torch.save({"state_dict": state} if kind == "nested" else state, path)
@@ -122,6 +128,11 @@ def test_a_checkpoint_has_no_module_imported(tmp_path: Path, alignment: Path, mo
             with pytest.raises(ValueError, match="is not imported"):
                 build_encoder(recorded, tmp_path / "a.ckpt")
         assert "hostile" not in sys.modules
+    content = torch.load(alignment, weights_only=True)
+    content["hyper_parameters"]["encoder"] = {"class_path": "hostile.Encoder"}
+    torch.save(content, tmp_path / "a.ckpt")
+    AlignmentTask.load_from_checkpoint(tmp_path / "a.ckpt", encoder=tiny_encoder())  # as the message says
+    assert "hostile" not in sys.modules
 
 
 def test_a_class_that_is_imported_is_built() -> None:
@@ -129,3 +140,66 @@ def test_a_class_that_is_imported_is_built() -> None:
         "encoder": {"class_path": "gmail_lightning.models.OpenCLIPEncoder", "init_args": {"pretrained": "emoji"}}
     }
     assert isinstance(build_encoder(recorded, "a.ckpt"), OpenCLIPEncoder)
+
+
+@pytest.mark.parametrize("wrap", [WRAPPERS["ddp"], WRAPPERS["compiled"], WRAPPERS["both"]])
+@pytest.mark.parametrize("kind", ["one file", "several", "torch"])
+def test_folders_of_transformers_load_wrapped_weights(tmp_path: Path, wrap, kind: str, hf_tokenizer: str) -> None:
+    config = hf_config("clip")
+    torch.manual_seed(0)
+    built = AutoModel.from_config(AutoConfig.for_model(**config))
+    built.save_pretrained(tmp_path, max_shard_size="150KB" if kind == "several" else "1GB")
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (kind == "several")
+    for file in files:
+        state = {wrap(key): value for key, value in load_file(file).items()}
+        if kind == "torch":
+            file.unlink()
+            torch.save(state, tmp_path / "pytorch_model.bin")
+        else:
+            save_file(state, file, metadata={"format": "pt"})
+    if kind == "several":
+        index = tmp_path / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        content["weight_map"] = {wrap(key): name for key, name in content["weight_map"].items()}
+        index.write_text(json.dumps(content))
+    both = HFCLIPEncoder(str(tmp_path), tokenizer=hf_tokenizer)
+    assert all(torch.equal(value, both.model.state_dict()[key]) for key, value in built.state_dict().items())
+    alone = HFImageEncoder(str(tmp_path))
+    assert fingerprint_difference(fingerprint(both), fingerprint(alone)) is None
+
+
+@wrapped
+def test_a_language_model_loads_wrapped_weights(tmp_path: Path, wrap) -> None:
+    settings = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    first, words, _ = build_language_model(settings, "emoji")
+    first.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({wrap(key): value for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    second, _, _ = build_language_model(str(tmp_path))
+    assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
+
+
+@wrapped
+def test_a_folder_of_open_clip_loads_wrapped_weights(tmp_path: Path, wrap) -> None:
+    folder = shutil.copytree(SHIPPED["emoji"], tmp_path / "folder")
+    file = folder / "open_clip_model.safetensors"
+    state = load_file(file)
+    file.unlink()
+    save_file({wrap(key): value for key, value in state.items()}, file)
+    first, second = OpenCLIPEncoder(pretrained="emoji"), OpenCLIPEncoder(pretrained=str(folder))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("part", ["model", "model.visual.transformer", "model.transformer.resblocks.0"])
+def test_a_compiled_encoder_has_the_fingerprint_of_the_plain_one(part: str) -> None:
+    plain, compiled = tiny_encoder(), tiny_encoder()
+    host, _, name = part.rpartition(".")
+    inner = compiled.get_submodule(host)
+    setattr(inner, name, torch.compile(getattr(inner, name), backend="eager"))
+    first, second = (fingerprint(encoder, ("image", "text")) for encoder in (plain, compiled))
+    assert first["weights"] == second["weights"]
+    assert fingerprint_difference(first, second) is None

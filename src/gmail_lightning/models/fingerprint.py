@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gmail_lightning.models.base import DualEncoder, ImageEncoder, Tower
 from gmail_lightning.models.lora import lora_disabled
 from gmail_lightning.models.tensor_names import stored_tensors
+from gmail_lightning.models.weights import plain_names
 
 #: Relative to the root mean square of a tensor; rounding to bf16 moves the statistics by about a sixth of it.
 TOLERANCE = 0.01
@@ -90,7 +91,7 @@ def frozen_weights(module: nn.Module, size: int = 2**22) -> dict[str, list[float
         size: At most so many entries of each.
     """
     frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-    return tensor_statistics({name: p.detach().flatten()[:size] for name, p in frozen.items()})
+    return tensor_statistics({name: p.detach().flatten()[:size] for name, p in plain_names(frozen).items()})
 
 
 def fixed_image(encoder: ImageEncoder) -> Tensor:

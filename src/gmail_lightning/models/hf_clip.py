@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from gmail_lightning.models.base import DualEncoder, LoRATarget, Tower
 from gmail_lightning.models.hf_tower import ACTIVATIONS, OFFLINE, patch_tokens, pixel_settings, tower_layers, tower_size
 from gmail_lightning.models.lora import block_targets
+from gmail_lightning.models.weights import plain_files, plain_names
 from gmail_lightning.types import ImageSpec, TextSpec
 
 _FAMILIES = ("clip", "siglip")
@@ -112,7 +113,7 @@ class HFCLIPEncoder(DualEncoder):
         """All parameters but those of the vision model and its projection."""
         return (
             p
-            for name, p in self.model.named_parameters()
+            for name, p in plain_names(dict(self.model.named_parameters())).items()
             if not name.startswith(("vision_model.", "visual_projection."))
         )
 
@@ -143,7 +144,8 @@ def _load(
         if model is None:
             built, pixels = AutoModel.from_config(settings, dtype=torch.float32), _usual_pixels(settings)
         else:
-            built, info = AutoModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+            with plain_files(model) as plain:
+                built, info = AutoModel.from_pretrained(plain, dtype=torch.float32, output_loading_info=True)
             missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
             if missing:
                 raise ValueError(

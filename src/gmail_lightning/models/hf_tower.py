@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gmail_lightning.models.base import ImageEncoder, LoRATarget, Tower
 from gmail_lightning.models.lora import block_targets
+from gmail_lightning.models.weights import plain_files
 from gmail_lightning.types import ImageSpec
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -105,13 +106,14 @@ def _load_tower(model: str) -> tuple[nn.Module, dict[str, Any]]:
         with torch.device("meta"):  # older releases of transformers have the tower one level down
             inner = "vision_model." if hasattr(AutoModel.from_config(vision), "vision_model") else ""
         logging.set_verbosity_error()  # of the weights that are not the tower's, and so not read
-        tower, info = AutoModel.from_pretrained(
-            model,
-            config=vision,
-            dtype=torch.float32,
-            key_mapping={r"^(model\.)?(vision_tower\.)?(vision_model\.)?": inner},
-            output_loading_info=True,
-        )
+        with plain_files(model) as plain:
+            tower, info = AutoModel.from_pretrained(
+                plain,
+                config=vision,
+                dtype=torch.float32,
+                key_mapping={r"^(model\.)?(vision_tower\.)?(vision_model\.)?": inner},
+                output_loading_info=True,
+            )
         pixels = pixel_settings(vision, AutoImageProcessor.from_pretrained(model))
     except OSError as error:
         raise RuntimeError(f"{model} did not load: {error} {OFFLINE}") from error

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gmail_lightning.losses.captioning import IGNORED
+from gmail_lightning.models.weights import plain_files
 
 EMOJI = "emoji"  # the tokenizer that ships with the package
 
@@ -53,7 +54,8 @@ def build_language_model(
 
     if isinstance(language_model, str):
         words = load_tokenizer(tokenizer or language_model)
-        model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
+        with plain_files(language_model) as plain:
+            model = AutoModelForCausalLM.from_pretrained(plain, dtype=dtype)
         known = model.get_input_embeddings().num_embeddings
         if len(words) > known:
             raise ValueError(f"tokenizer={tokenizer!r} has {len(words)} tokens, language_model has {known} embeddings.")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gmail_lightning.models.branches import newest_checkpoint
 from gmail_lightning.models.hf_tower import OFFLINE
 from gmail_lightning.models.language_model import build_language_model, load_tokenizer, writing_model
-from gmail_lightning.models.weights import plain_names
+from gmail_lightning.models.weights import plain_files, plain_names
 
 # Names of the two layers: ours and of transformers, or of LLaVA's own files (mm_projector.bin).
 _PROJECTOR_KEY = re.compile(
@@ -79,7 +79,8 @@ def load_llava(path: str, tokenizer: str | None = None, dtype: str = "float32") 
         if config.model_type != "llava":
             raise ValueError(f"{path} is a {config.model_type} model, no llava: build it from parts (language_model).")
         layer = _layer(path, config)
-        llava, info = with_fp32_projector.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        with plain_files(path) as plain:
+            llava, info = with_fp32_projector.from_pretrained(plain, dtype=dtype, output_loading_info=True)
         words = load_tokenizer(tokenizer or path)
         if words.chat_template is None and tokenizer is None:  # older files have it beside the processor
             words.chat_template = AutoProcessor.from_pretrained(path).chat_template

@@ -30,6 +30,7 @@ from gmail_lightning.models.open_clip_loading import (
     read_preprocess,
     transformer_blocks,
 )
+from gmail_lightning.models.weights import plain_names
 from gmail_lightning.types import ImageSpec, TextSpec
 
 
@@ -165,7 +166,8 @@ class OpenCLIPEncoder(DualEncoder):
 
     def text_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters but those of ``visual``."""
-        return (p for name, p in self.model.named_parameters() if not name.startswith("visual."))
+        named = plain_names(dict(self.model.named_parameters()))
+        return (p for name, p in named.items() if not name.startswith("visual."))
 
     def image_tokens(self, image: Tensor, layer: int = -2) -> Tensor:
         """Maps pixels to patch tokens of one block, shape (B, T, W), before the final norm and without class token.

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gmail_lightning.models.base import Tower
-from gmail_lightning.models.weights import plain_file, plain_names
+from gmail_lightning.models.weights import plain_files, plain_names
 
 #: The small CLIPs that ship with the package: one knows the real hand, the other all hands but that.
 SHIPPED = {"emoji": Path(__file__).parent / "emoji_clip", "emoji_scorer": Path(__file__).parent / "emoji_scorer"}
@@ -104,7 +104,9 @@ def build_model(
     if folder or is_tag or (reference or "").startswith(("hf-hub:", "local-dir:")):
         try:
             tag = pretrained if is_tag else None
-            return cast(nn.Module, open_clip.create_model(reference, pretrained=tag, require_pretrained=True))
+            with plain_files(str(folder.resolve()) if folder else "") as plain:
+                name = f"local-dir:{plain}" if folder else reference
+                return cast(nn.Module, open_clip.create_model(name, pretrained=tag, require_pretrained=True))
         except Exception as error:
             hint = "" if folder else f" {_OFFLINE}"
             raise RuntimeError(f"Weights of {reference} {pretrained or ''} did not load: {error}{hint}") from error
@@ -124,7 +126,7 @@ def build_model(
     if pretrained is not None:
         _refuse_other_context(pretrained, model_config["text_cfg"].get("context_length", 77))
         try:
-            with plain_file(pretrained) as file:
+            with plain_files(pretrained) as file:
                 open_clip.load_checkpoint(model, file)
         except Exception as error:
             raise RuntimeError(

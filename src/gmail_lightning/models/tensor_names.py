@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.models.base import DualEncoder, ImageEncoder
+from gmail_lightning.models.weights import plain_names
 
 # By tower: where its blocks are, and names for what lies beside them. Other tensors are called by their own keys.
 _BLOCKS = {
@@ -75,10 +76,11 @@ def stored_tensors(encoder: ImageEncoder) -> dict[str, tuple[str, Tensor]]:
     found: dict[str, tuple[str, Tensor]] = {}
     with torch.enable_grad():
         state = encoder.state_dict(keep_vars=True)
-    for key, tensor in state.items():
+    for key, plain in zip(state, plain_names(dict.fromkeys(state)), strict=True):
+        tensor = state[key]
         if _UNUSED.search(key) is None:
             tower = "text" if key in texts or key.rpartition(".")[0] in texts else "image"
-            own = key.removeprefix("model.")
+            own = plain.removeprefix("model.")
             name = _common_name(tower, own)
             if name.endswith((".proj", ".text_projection")) and not key.endswith(".weight") and tensor.ndim == 2:
                 tensor = tensor.T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -32,22 +33,55 @@ def plain_names(state: Mapping[str, T]) -> dict[str, T]:
 
 
 @contextmanager
-def plain_file(path: str) -> Iterator[str]:
-    """Gives a file of weights with plain names for a loader that asks for a file: itself where its names are plain."""
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
+def plain_files(path: str) -> Iterator[str]:
+    """Gives weights with plain names for a loader that reads files by itself: for the while a copy, where they need it.
 
-        content = load_file(path)
-    else:
-        try:
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception:  # another format, or damaged: told by the loader
-            content = {}
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    if all(isinstance(key, str) for key in state) and (plain := plain_names(state)).keys() != state.keys():
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "weights.pt"
-            torch.save(plain, file)
-            yield str(file)
-    else:
+    Args:
+        path: A file of weights, or a folder with some, in several files too. Anything else, such as the name of a hub,
+            is given back as it is.
+    """
+    given = Path(path)
+    files = sorted(given.iterdir()) if given.is_dir() else [given] if given.is_file() else []
+    if not any(_WRAPPERS.search(name) for file in files for name in _names(file)):
         yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for file in files:
+            copy = Path(folder) / file.name
+            if _names(file):
+                _write_plain(file, copy)
+            else:
+                copy.symlink_to(file.resolve())
+        yield folder if given.is_dir() else str(Path(folder) / given.name)
+
+
+def _names(file: Path) -> list[str]:
+    """Names of the tensors in a file, none where it holds none."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(file, "pt") as content:
+                return list(content.keys())
+        if file.name.endswith(".index.json"):  # where each tensor of several files is
+            return list(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+        if file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            state = content.get("state_dict", content) if isinstance(content, dict) else {}
+            return list(state) if all(isinstance(name, str) for name in state) else []
+    except Exception:  # another format, or damaged: told by the loader
+        pass
+    return []
+
+
+def _write_plain(file: Path, copy: Path) -> None:
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file, save_file
+
+        save_file(plain_names(load_file(file)), copy, metadata={"format": "pt"})
+    elif file.suffix == ".json":
+        index = json.loads(file.read_text(encoding="utf-8"))
+        copy.write_text(json.dumps({**index, "weight_map": plain_names(index["weight_map"])}), encoding="utf-8")
+    else:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        torch.save(plain_names(content.get("state_dict", content)), copy)

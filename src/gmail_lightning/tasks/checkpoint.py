@@ -140,7 +140,8 @@ class SmallCheckpoints(LightningModule):
     ) -> Self:
         if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_file():
             content = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
-            check_classes(content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), checkpoint_path)
+            recorded = content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
+            check_classes({**recorded, **kwargs}, checkpoint_path)  # what is passed is not built from the file
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
