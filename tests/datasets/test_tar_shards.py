@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -520,10 +521,14 @@ def test_rows_cost_little_memory(tmp_path: Path) -> None:
     TarShards(tmp_path, modality="real")
     before = pa.total_allocated_bytes()
     data = TarShards(tmp_path, modality="real")
-    held = pa.total_allocated_bytes() - before
     arrays = [value for value in vars(data).values() if isinstance(value, np.ndarray)]
     owned = sum(array.nbytes for array in arrays if array.base is None)
-    assert held + owned < 150 * count
+    for _ in range(100):  # Arrow's threads give back late
+        if pa.total_allocated_bytes() - before + owned < 150 * count:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail(f"{pa.total_allocated_bytes() - before} + {owned} bytes for {count} rows")
     assert not any(isinstance(value, (list, dict)) and len(value) > 10 for value in vars(data).values())
 
 
