@@ -282,3 +282,20 @@ def test_the_limit_of_a_process_group_is_what_we_say() -> None:
     assert DDPStrategy()._timeout.total_seconds() == 1800
     for told in (CaptioningTask.__doc__, CocoCaptionScore.__doc__):
         assert "1,800 seconds" in " ".join(str(told).split())
+
+
+def test_what_fails_in_a_worker_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from torch._utils import ExceptionWrapper
+
+    from gmail_lightning.datasets import DataError, ImageDecodeError
+    from gmail_lightning.main import _fail
+
+    for kind in (DataError, ImageDecodeError):
+        try:
+            raise kind("a.csv row 2: no file a.png")
+        except kind:
+            wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+        with pytest.raises(kind) as told:
+            wrapped.reraise()
+        assert _fail(3, "Data problem", told.value) == 3
+        assert capsys.readouterr().err == "Data problem: a.csv row 2: no file a.png\n"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import yaml
 from gmail_lightning import runs
 from gmail_lightning.main import main, recipes_folder
 from gmail_lightning.runs import make_record, new_folder, run_of_job, run_to_resume, settings_of
+from gmail_lightning.tasks import AlignmentTask
 
 CONSTANT = {"class_path": "torch.optim.lr_scheduler.ConstantLR", "init_args": {"factor": 1.0}}
 ALIGN = [
@@ -123,6 +125,7 @@ def test_the_kept_configuration_makes_the_run_anew() -> None:
     text = (first / "config.yaml").read_text()
     kept = yaml.safe_load(text)
     assert str(first) not in text
+    assert kept["trainer"].get("check_val_every_n_epoch", 1) is None  # what the recipe sets to null over a default
     assert kept.get("ckpt_path") is kept["trainer"].get("default_root_dir") is kept["trainer"].get("logger") is None
     before = (first / "checkpoints/last.ckpt").read_bytes()
     assert status("fit", "--config", str(first / "config.yaml")) == 0
@@ -132,6 +135,28 @@ def test_the_kept_configuration_makes_the_run_anew() -> None:
     assert record(again)["digest"] == record(first)["digest"]
     for name, value in state(first)["state_dict"].items():
         assert torch.equal(state(again)["state_dict"][name], value)
+
+
+def test_a_job_that_is_told_to_end_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = AlignmentTask.training_step
+
+    def told(self: AlignmentTask, *args: Any) -> Any:
+        if self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AlignmentTask, "training_step", told)
+        assert fit(steps=5, interval=5) == 128 + signal.SIGTERM
+    (folder,) = made()
+    assert record(folder)["state"] == "interrupted"
+    assert state(folder)["global_step"] == 3  # the step under way is finished
+    assert fit("--ckpt_path=last", steps=5, interval=5) == 0
+    assert record(folder)["state"] == "done"
+    assert fit("--name=whole", steps=5, interval=5) == 0
+    (whole,) = made("whole")
+    for name, value in state(whole)["state_dict"].items():
+        assert torch.equal(state(folder)["state_dict"][name], value)
 
 
 @pytest.mark.parametrize(

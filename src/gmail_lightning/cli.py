@@ -154,7 +154,7 @@ class GmailCLI(LightningCLI):
             ]
 
     def _dump(self, config: Any, form: str = "yaml") -> str:
-        return str(self._parser(self.subcommand).dump(config, format=form, skip_validation=True))
+        return str(self._parser(self.subcommand).dump(config, format=form, skip_validation=True, skip_unset=False))
 
     def _decide(self, config: Any) -> Decision:
         """Folder, checkpoint and seed of this run, which begins."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ EPILOG = """beside them:
   recipes list | copy NAME [TARGET]            show or copy the recipes that ship with the package
   doctor                                       say what is installed, and what this machine can do
 exit status: 0 done, 2 bad configuration, 3 a problem of the data,
-             4 done in part (some images failed; the data set's README.md says why), 1 anything else
+             4 done in part (some images failed; the data set's README.md says why),
+             143 ended by SIGTERM, 1 anything else
 """
 
 
@@ -50,6 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _fit_or_evaluate(args: Sequence[str] | None) -> int:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from gmail_lightning.callbacks import CollapseError
     from gmail_lightning.cli import GmailCLI
@@ -63,10 +67,14 @@ def _fit_or_evaluate(args: Sequence[str] | None) -> int:
         return _fail(2, "Bad configuration", error)
     except CollapseError as error:
         return _fail(1, "Stopped", error)
+    except SIGTERMException:  # whose own status would be that of success
+        return 128 + int(signal.SIGTERM)
 
 
 def _fail(status: int, kind: str, error: Exception) -> int:
-    print(f"{kind}: {error}", file=sys.stderr)
+    # What failed in a worker process comes with its traceback, of which the last line is the message.
+    text = re.sub(r"\ACaught \w+ in DataLoader worker .*\n(?:[\w.]+Error): ", "", str(error), flags=re.DOTALL).strip()
+    print(f"{kind}: {text}", file=sys.stderr)
     return status
 
 

@@ -28,7 +28,7 @@ SILENCE = 300.0  # after so many without one, a run on another host is taken to 
 #: Settings of the trainer that change what is learned; the others are length, hardware, evaluation and logging.
 TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches")
 #: Settings of a data module that change nothing in training.
-NOT_TRAINED_ON = ("val", "test", "predict", "allow_overlap", "eval_batch_size", "num_workers")
+NOT_TRAINED_ON = ("val", "test", "predict", "allow_overlap", "eval_batch_size", "num_workers", "max_replaced_fraction")
 
 
 def settings_of(config: Mapping[str, Any], evaluation_only: frozenset[str] = frozenset()) -> dict[str, Any]:

@@ -188,3 +188,15 @@ def test_settings_that_make_no_sense(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'gmail_lightning\[streaming\]'"):
         module("a")
+
+
+def test_samples_that_are_read_ahead_do_not_count_before_their_time(tmp_path: Path) -> None:
+    urls = shards(tmp_path, 3)
+    cut = tmp_path / "001.tar"
+    cut.write_bytes(cut.read_bytes()[: len(cut.read_bytes().rstrip(b"\0")) // 2])
+    counts = {}
+    for shuffle in (0, 1000):
+        batches = list(module(urls, shuffle=shuffle, batch_size=4, steps_per_epoch=12).train_dataloader())
+        counts[shuffle] = sum(len(batch["replaced_reason"]) for batch in batches)
+    assert 3 <= counts[0] <= 15  # 48 samples are some four passes over 12 whole and three lost ones
+    assert counts[1000] <= counts[0] + 3

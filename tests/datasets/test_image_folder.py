@@ -193,3 +193,12 @@ def test_a_space_keeps_folders_apart(root: Path) -> None:
     real, generated = ImageFolder(root), ImageFolder(root, modality="generated")
     assert real.pair_id.tolist() == real.image_id.tolist()
     assert generated.pair_id.tolist() == [-1] * 4
+
+
+def test_links_to_nothing_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat" / "0.png")
+    (tmp_path / "cat" / "1.png").symlink_to(tmp_path / "nowhere.png")
+    data = ImageFolder(tmp_path)
+    assert len(data) == 1
+    assert "1 of a link to nothing" in str(data.summary)

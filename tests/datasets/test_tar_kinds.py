@@ -51,7 +51,7 @@ def as_stream(path: Path, modality: ModalityName = "real", space: str = "") -> F
     paths = [path] if path.is_file() else sorted(path.glob("*.tar"))
     samples = [sample for tar in paths for sample in reader.read(str(tar))]
     logger.removeHandler(handler)
-    reasons = [*reader.reasons, *(reason for reason, _ in reader._untold)]
+    reasons = [*(reason for _, reason in reader.reasons), *(reason for reason, _ in reader._untold)]
     return Found(
         {one.key: one.caption for one in samples},
         {one.key: one.image_id for one in samples},
@@ -246,9 +246,9 @@ def test_lost_samples_are_counted_by_what_whole_shards_hold(tmp_path: Path) -> N
     assert reader.reasons == []  # nobody knows yet how many there were
     assert len(list(reader.read(str(tmp_path / "0.tar")))) == 10
     assert len(reader.reasons) in (8, 9)
-    assert all("1.tar is cut short" in reason for reason in reader.reasons)
+    assert all("1.tar is cut short" in reason for _, reason in reader.reasons)
     list(reader.read(str(tmp_path / "none.tar")))
-    assert sum("none.tar" in reason for reason in reader.reasons) == 10
+    assert sum("none.tar" in reason for _, reason in reader.reasons) == 10
 
 
 @pytest.mark.parametrize(

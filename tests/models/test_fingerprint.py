@@ -16,6 +16,7 @@ from gmail_lightning.models.fingerprint import (
     fingerprint_digest,
     tensor_statistics,
 )
+from gmail_lightning.models.long_text import stretch_context
 from gmail_lightning.models.modality import is_adapter_key
 from gmail_lightning.models.tensor_names import stored_tensors
 from gmail_lightning.types import ImageSpec
@@ -312,3 +313,16 @@ def test_activation_and_pixels_count_and_values_are_plain(tiny) -> None:
     assert "1 tensors that only one of them has: image.2.q" in fingerprint_difference(value, deeper)
     broken = {**value, "weights": {**value["weights"], "image.0.q": [float("nan"), 1.0, *[0.0] * 4]}}
     assert "image.0.q" in fingerprint_difference(value, broken)
+
+
+def test_positions_that_were_stretched_are_not_compared(tiny) -> None:
+    short, long = tiny(), tiny()
+    stretch_context(long, 2 * short.text_spec.context_length, keep=4)
+    assert fingerprint_difference(fingerprint(short), fingerprint(long)) is None
+    with torch.no_grad():
+        long.model.token_embedding.weight.normal_()
+    assert "text.token_embedding" in fingerprint_difference(fingerprint(short), fingerprint(long))
+    other = tiny()
+    with torch.no_grad():
+        other.model.positional_embedding.normal_()
+    assert "text.positional_embedding" in fingerprint_difference(fingerprint(short), fingerprint(other))

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from gmail_lightning.distributed import on_first_rank
 
@@ -18,9 +19,9 @@ from gmail_lightning.distributed import on_first_rank
 class LastCheckpoint(Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` in the run folder: always the last state, and always whole.
 
-    It is written after every validation and when training ends; without validation at the end of an epoch, in runs that
-    count steps no more often than every ``seconds``. Another name is written first and then renamed, so that a kill or
-    a full disk leaves the state before.
+    It is written after every validation, at SIGTERM, and when training ends; without validation at the end of an epoch,
+    in runs that count steps no more often than every ``seconds``. Another name is written first and then renamed, so
+    that a kill or a full disk leaves the state before.
 
     Args:
         seconds: Least time between two states of a run that counts steps and has no validation.
@@ -59,6 +60,11 @@ class LastCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves what came after the last validation."""
         self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves where the job is to end, which all ranks learn between two batches."""
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING and trainer.global_step:
+            self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run or self._step == trainer.global_step:  # type: ignore[attr-defined]

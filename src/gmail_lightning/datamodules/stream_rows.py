@@ -53,6 +53,7 @@ class StreamRows(IterableDataset[ImageTextBatch]):
         self.num_replicas, self.rank = num_replicas, rank
         self.start = 0  # part of the seed: a run that goes on draws anew
         self._shards_read = ShardReader(modality, space)
+        self._given = 0  # samples taken from the stream
         self._owed = 0  # rows that are still to be marked as standing in for broken ones
 
     def __iter__(self) -> Iterator[ImageTextBatch]:
@@ -89,9 +90,11 @@ class StreamRows(IterableDataset[ImageTextBatch]):
     def _batch(self, stream: Iterator[Sample]) -> ImageTextBatch:
         samples: list[Sample] = []
         images: list[Tensor] = []
+        undecoded: list[str] = []
         broken = 0
         while len(samples) < self.batch_size:
             sample = next(stream)
+            self._given += 1
             try:
                 if self.spec.image is not None:
                     images.append(self._image(sample))
@@ -99,11 +102,13 @@ class StreamRows(IterableDataset[ImageTextBatch]):
                 broken = 0
             except ImageDecodeError as error:
                 broken += 1
-                self._shards_read.reasons.append(f"key {sample.key!r}: {error}")
+                undecoded.append(f"key {sample.key!r}: {error}")
                 if broken == MAX_BROKEN:
-                    why = f"{MAX_BROKEN} images in a row do not decode, the last: {self._shards_read.reasons[-1]}"
+                    why = f"{MAX_BROKEN} images in a row do not decode, the last: {undecoded[-1]}"
                     raise DataError(why) from error
-        reasons, self._shards_read.reasons = self._shards_read.reasons, []
+        # What is broken counts once as many samples were given out as were read before it: shuffling reads ahead.
+        due = [reason for at, reason in self._shards_read.reasons if at <= self._given]
+        reasons, self._shards_read.reasons = [*undecoded, *due], self._shards_read.reasons[len(due) :]
         self._owed += len(reasons)
         standing_in = min(self._owed, self.batch_size)
         self._owed -= standing_in

@@ -80,13 +80,14 @@ class ShardReader:
         modality: What the stream is said to be.
         space: Name of the data set that ids and keys are of.
         readable: Samples read so far.
-        reasons: One line per sample that is broken or lost, for whoever shows them and empties the list.
+        reasons: One line per sample that is broken or lost, and how many samples were read before it; for whoever shows
+            them and takes them out.
     """
 
     modality: ModalityName
     space: str = ""
     readable: int = 0
-    reasons: list[str] = field(default_factory=list)
+    reasons: list[tuple[int, str]] = field(default_factory=list)
     _whole: list[int] = field(default_factory=lambda: [0, 0])  # shards, and their samples
     _untold: list[tuple[str, int]] = field(default_factory=list)  # of broken shards: why, and how many were read
     _named: set[str] = field(default_factory=set)
@@ -102,7 +103,7 @@ class ShardReader:
                 except DataError as error:
                     raise DataError(f"{url}: {error}") from error
                 except ValueError as error:  # no image or caption, not UTF-8, not a JSON object
-                    self.reasons.append(f"{url} key {key!r}: {error}")
+                    self.reasons.append((self.readable, f"{url} key {key!r}: {error}"))
                     continue
                 if sample is not None:
                     self.readable += 1
@@ -115,13 +116,14 @@ class ShardReader:
             self._whole = [self._whole[0] + 1, self._whole[1] + seen]
         if self._whole[1]:
             for reason, read in self._untold:
-                self.reasons += [reason] * max(round(self._whole[1] / self._whole[0]) - read, 1)
+                lost = max(round(self._whole[1] / self._whole[0]) - read, 1)
+                self.reasons += [(self.readable, reason)] * lost
             self._untold = []
 
     @property
     def last_reason(self) -> str:
         """Why nothing came; empty where no one knows."""
-        known = [*self.reasons[-1:], *(reason for reason, _ in self._untold[-1:])]
+        known = [*(reason for _, reason in self.reasons[-1:]), *(reason for reason, _ in self._untold[-1:])]
         return f" The last reason: {known[-1]}." if known else ""
 
     def _groups(self, url: str) -> Iterator[tuple[str, dict[str, bytes], str]]:

@@ -173,6 +173,8 @@ def images_below(folder: Path, left_out: Counter[str], above: tuple[str, ...] = 
         if entry.is_dir():
             below = images_below(folder / entry.name, left_out, (*above, here))
             files += [f"{entry.name}/{file}" for file in below]
+        elif not entry.is_file():
+            left_out["of a link to nothing, or of a device"] += 1
         elif is_image_name(entry.name):
             files.append(entry.name)
         else:

@@ -12,6 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from gmail_lightning.metrics.retrieval import image_text_recall
 from gmail_lightning.metrics.states import gather_state
+from gmail_lightning.types import DataError
 
 
 def linear_probe_accuracy(generated: Tensor, real: Tensor, *, ids: Tensor | None = None, ridge: float = 1e-2) -> Tensor:
@@ -130,12 +131,12 @@ class ModalityGap(Metric):
         """Joined rows: generated (N, D), real (N, D), image_id (N,), in the order of ``image_id``.
 
         Raises:
-            ValueError: If a modality is missing, a generated row has no real image, or a real image came twice.
+            DataError: If a modality is missing, a generated row has no real image, or a real image came twice.
         """
         features, modality, image_id = (dim_zero_cat(x) for x in (self.features, self.modality, self.image_id))
         real, generated = (modality == 0).nonzero()[:, 0], (modality == 1).nonzero()[:, 0]
         if len(real) == 0 or len(generated) == 0:
-            raise ValueError(
+            raise DataError(
                 f"The gap needs both modalities, got {len(generated)} generated and {len(real)} real rows. Give the "
                 "evaluation set real and generated data sets, and do not cut it short by limit_val_batches."
             )
@@ -143,13 +144,14 @@ class ModalityGap(Metric):
         generated = generated[image_id[generated].argsort(stable=True)]
         keys = image_id[real].contiguous()
         if (keys[1:] == keys[:-1]).any():
-            raise ValueError(f"image_id {int(keys[1:][keys[1:] == keys[:-1]][0])} has more than one real row.")
+            raise DataError(f"image_id {int(keys[1:][keys[1:] == keys[:-1]][0])} has more than one real row.")
         index = torch.searchsorted(keys, image_id[generated].contiguous()).clamp(max=len(keys) - 1)
         alone = keys[index] != image_id[generated]
         if alone.any():
-            raise ValueError(
+            raise DataError(
                 f"{int(alone.sum())} generated rows have no real row of their image_id in this evaluation, the first "
-                f"is {int(image_id[generated][alone][0])}."
+                f"is {int(image_id[generated][alone][0])}. Give the real and the generated rows of the evaluation set "
+                "a pair_id in common, or an image_id."
             )
         return features[generated], features[real[index]], keys[index]
 

@@ -22,6 +22,7 @@ TOLERANCE = 0.01
 SMALLEST = 1e-5  # root mean square; below it fp16 has few digits, and no feature depends on it
 STATISTICS = ("mean", "standard deviation", "wave 1", "wave 2", "wave 3", "wave 4")
 EARLIER = "is of an earlier release and covers some matrices only, which proves nothing. Run again what wrote it"
+POSITIONS = ("text.positional_embedding", "text.positional_embedding_res")
 PERIOD = 65521  # of the waves; a prime, so that no row length divides it
 #: What rounding to bf16 and another device leave of a feature: the smallest cosine, the largest change of the norm.
 COSINE, NORM = 0.999, 0.02
@@ -42,9 +43,10 @@ def fingerprint(
         kept: Keys of the plain encoder's state dict to leave out, because they train.
 
     Returns:
-        ``activation``, ``mean`` and ``std`` of the pixels; ``dual``, whether there is a text tower; ``towers``, those
-        with anything to describe; ``weights``: the statistics by the names of ``stored_tensors``; ``trained``: the
-        names left out; ``probe``: features of a fixed image, None where the image tower is not described in full.
+        ``activation``, ``mean`` and ``std`` of the pixels; ``dual``, whether there is a text tower, and its
+        ``context_length``; ``towers``, those with anything to describe; ``weights``: the statistics by the names of
+        ``stored_tensors``; ``trained``: the names left out; ``probe``: features of a fixed image, None where the image
+        tower is not described in full.
     """
     plain = encoder.plain
     tensors = {n: entry for n, entry in stored_tensors(plain).items() if n.partition(".")[0] in towers}
@@ -57,6 +59,7 @@ def fingerprint(
         "mean": [float(value) for value in plain.mean],
         "std": [float(value) for value in plain.std],
         "dual": isinstance(plain, DualEncoder),
+        "context_length": plain.text_spec.context_length if isinstance(plain, DualEncoder) else None,
         "towers": [tower for tower in towers if tower in found],
         "weights": weights,
         "trained": trained,
@@ -129,7 +132,8 @@ def probe_difference(first: Sequence[float], second: Sequence[float]) -> str | N
 def fingerprint_difference(first: dict[str, Any], second: dict[str, Any]) -> str | None:
     """Says in one sentence how two fingerprints differ beyond bf16 rounding; None if they do not.
 
-    An image tower alone is compared with that of a dual encoder without the joint space, which it does not have.
+    An image tower alone is compared with that of a dual encoder without the joint space, which it does not have, and a
+    text tower whose context was stretched with the one before without the positions.
     """
     if "trained" not in first or "trained" not in second:
         return f"their form: one {EARLIER}"
@@ -143,6 +147,8 @@ def fingerprint_difference(first: dict[str, Any], second: dict[str, Any]) -> str
         return f"the towers that are described, {first['towers']} against {second['towers']}"
     alone = first["dual"] != second["dual"]
     left_out = {*first["trained"], *second["trained"], *(("image.proj", "image.proj.bias") if alone else ())}
+    if first.get("context_length") != second.get("context_length"):
+        left_out |= {name for each in (first, second) for name in each["weights"] if name in POSITIONS}
     weights = [
         {n: value for n, value in each["weights"].items() if n.partition(".")[0] in towers and n not in left_out}
         for each in (first, second)
