@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from gmail_lightning.datasets import CocoCaptions, DataError, ImageFolder, ImageTextDataset, ManifestDataset
-from gmail_lightning.datasets.base import own_pair_ids
+from gmail_lightning.datasets.base import one_line, own_pair_ids
 from gmail_lightning.datasets.ids import file_ids, id_column, id_number, id_text, stable_ids
 
 BIG, NAN = 17_000_000_000_000_000_011, float("nan")
@@ -225,3 +225,7 @@ def test_stable_ids_are_pinned() -> None:
     expected = [int.from_bytes(hashlib.blake2b(n.encode(), digest_size=8).digest(), "little") // 2 for n in names]
     assert stable_ids(names).tolist() == expected
     assert min(expected) >= 0
+
+
+def test_one_line() -> None:
+    assert one_line(" a\r\nb\u2028c\t d ") == "a b c d"

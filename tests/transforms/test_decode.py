@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from damaged_images import chunk, encoded, interlaced_png, png, samples
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from gmail_lightning.transforms import ImageDecodeError, decode_image
@@ -253,3 +253,43 @@ def test_whatever_a_decoder_raises_is_an_image_decode_error(error: Exception, mo
 def test_programs_are_no_pictures() -> None:
     with pytest.raises(ImageDecodeError, match="PostScript is a program"):
         decode_image(encoded(picture("RGB"), "EPS"))
+
+
+def huge(kind: str) -> bytes:
+    """Small files of 20,000 x 20,000 pixels by their headers."""
+    if kind == "PNG":
+        return png(20_000, 20_000, 8, 2, b"\0" * 100)
+    if kind == "GIF":  # one small frame on a large canvas
+        return b"GIF89a" + struct.pack("<HHBBB", 20_000, 20_000, 0x80, 0, 0) + bytes(6) + GIF_FRAME
+    return (
+        b"BM" + struct.pack("<IHHIIiiHHIIiiII", 154, 0, 0, 54, 40, 20_000, 20_000, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(100)
+    )
+
+
+GIF_FRAME = b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00;"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP"])
+def test_too_many_pixels_are_refused_before_they_are_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ImageDecodeError, match=r"20,000 x 20,000 pixels are more than 89,478,485|exceeds limit"):
+        decode_image(huge(kind))
+
+
+def test_the_limit_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(picture("RGB"), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # put back when the test is over
+    monkeypatch.setenv("GMAIL_LIGHTNING_MAX_PIXELS", str(40 * 30 - 1))
+    with pytest.raises(ImageDecodeError, match=r"40 x 30 pixels are more than 1,199.*GMAIL_LIGHTNING_MAX_PIXELS"):
+        decode_image(data)
+    monkeypatch.setenv("GMAIL_LIGHTNING_MAX_PIXELS", str(40 * 30))
+    assert decode_image(data).shape == (3, 30, 40)
+    monkeypatch.setenv("GMAIL_LIGHTNING_MAX_PIXELS", "many")
+    with pytest.raises(ValueError, match="GMAIL_LIGHTNING_MAX_PIXELS='many'"):
+        decode_image(data)
+
+
+def test_texts_that_inflate_without_end_are_no_danger() -> None:
+    bomb = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(200_000_000), 9))
+    with pytest.raises(ImageDecodeError, match="does not decode"):
+        decode_image(png(1, 1, 8, 0, b"\0\0", bomb))
