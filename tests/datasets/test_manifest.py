@@ -254,3 +254,11 @@ def test_weights_and_questions(folder: Path, kind: str) -> None:
         bad = [{**row, "weight": w} for row, w in zip(ROWS, (1, wrong, 1), strict=True)]
         with pytest.raises(DataError, match=r"row 2 .*weight is no number from 0 up"):
             ManifestDataset(write(folder / f"bad.{kind}", bad))
+
+
+def test_columns_that_are_not_read_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("image,caption,pairid,url\n1.jpg,a cat,7,http://x\n")
+    assert ManifestDataset(path, modality="real").summary == f"{path}: columns that are not read: pairid, url."
+    path.write_text("image,caption,pair_id\n1.jpg,a cat,7\n")
+    assert ManifestDataset(path, modality="real").summary is None

@@ -92,6 +92,8 @@ class ManifestDataset(ImageTextDataset):
             if missing == ["modality"]:
                 hint = "Add the column, or give modality='real' or 'generated' for the whole file."
             raise DataError(f"{self.path}: no column {', '.join(missing)} (found: {', '.join(found)}). {hint}")
+        if unread := [name for name in found if name not in kinds]:
+            self.summary = f"{self.path}: columns that are not read: {', '.join(unread)}."
         self._image, self._caption = columns[image_key], columns.get(caption_key)
         self._content: np.ndarray | None = None  # of bytes, by which they are known
         if self._caption is None:
