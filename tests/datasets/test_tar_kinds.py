@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import itertools
 import json
 import logging
+import lzma
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +23,9 @@ from tar_fixtures import png, sample, store_row, write_store, write_tar
 from gmail_lightning.datamodules import MixedModalityDataModule, StreamingDataModule
 from gmail_lightning.datamodules.mixed_modality import is_above
 from gmail_lightning.datamodules.prompt_table import PromptTable
+from gmail_lightning.datamodules.stream_rows import StreamRows
 from gmail_lightning.datamodules.stream_samples import ShardReader
-from gmail_lightning.datasets import DataError, ManifestDataset, TarShards
+from gmail_lightning.datasets import DataError, ManifestDataset, TarShards, tar_index
 from gmail_lightning.datasets.base import ModalityName
 
 Members = list[tuple[str, bytes]]
@@ -94,6 +98,11 @@ NAMES: dict[str, tuple[Members, dict[str, str], list[str]]] = {
     "a caption that is a number": ([*pair("a", 0), *sample("b", 1, None, caption=2012)], {"a": "0"}, ["text"]),
     "a caption that is null": ([*pair("a", 0), *sample("b", 1, None, caption=None)], {"a": "0"}, ["no caption"]),
     "deep": ([*pair("a", 0), ("b.png", png(1)), ("b.json", b"[" * 200_000)], {"a": "0"}, []),
+    "half of a character": (
+        [*pair("a", 0), ("b.png", png(1)), ("b.json", json.dumps({"caption": "x " + chr(0xD83D)}).encode())],
+        {"a": "0"},
+        [],
+    ),
     "no object": ([*pair("a", 0), ("b.png", png(1)), ("b.json", b"[1]")], {"a": "0"}, []),
 }  # fmt: skip
 
@@ -278,3 +287,84 @@ def test_pairs_of_downloads_reach_what_is_generated_from_them(tmp_path: Path) ->
     assert sorted(generated) == sorted(
         n for n, kind in zip(partners, batch["modality"].tolist(), strict=True) if not kind
     )
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_streams_are_read_through(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    parts = [write_tar(tmp_path / "part", pair(f"k{n}", n)).read_bytes() for n in range(2)]
+    whole = tmp_path / "a.tar.gz"
+    whole.write_bytes(b"".join(map(compress, parts)))
+    found = as_stream(whole)
+    assert found.captions == {"k0": "caption 0", "k1": "caption 1"}
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    assert found.image_ids == at_random(tmp_path / "a.tar").image_ids
+    for damaged in (whole.read_bytes()[:-20], whole.read_bytes()[:-8] + bytes(8)):
+        (tmp_path / "damaged.tar.gz").write_bytes(damaged)
+        assert "damaged.tar.gz is cut short" in as_stream(tmp_path / "damaged.tar.gz").told
+
+
+def test_tars_that_begin_alike_and_differ_share_no_ids(tmp_path: Path) -> None:
+    found = []
+    for name, numbers in (("one", (0, 1, 2)), ("two", (0, 2, 3))):
+        (tmp_path / name).mkdir()
+        members = [
+            (f"{i:03d}.{s}", d) for i, n in enumerate(numbers) for s, d in (("png", png(n) + bytes(n)), ("txt", b"x"))
+        ]
+        found.append(at_random(write_tar(tmp_path / name / "0.tar", members)).image_ids)
+    assert found[0]["000"] == found[1]["000"]
+    assert found[0]["001"] != found[1]["001"]
+
+
+def test_an_index_that_another_process_replaces_is_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard in range(3):
+        write_tar(tmp_path / f"{shard}.tar", [m for n in range(4) for m in pair(f"{shard}_{n}", 10 * shard + n)])
+    one = TarShards(tmp_path / "1.tar", modality="real")
+    original, opened = tar_index.pq.ParquetFile, []
+
+    def replaced(handle: Any) -> Any:
+        file = original(handle)
+        if not opened:
+            opened.append(file)
+            monkeypatch.setattr(tar_index.pq, "ParquetFile", original)
+            TarShards(tmp_path, modality="real")  # as another process, whose index comes in between
+        return file
+
+    monkeypatch.setattr(tar_index.pq, "ParquetFile", replaced)
+    again = TarShards(tmp_path / "1.tar", modality="real")
+    assert [again.sample_key(i) for i in range(4)] == [one.sample_key(i) for i in range(4)]
+    monkeypatch.undo()
+    assert TarShards(tmp_path, modality="real").image_id.size == 12
+
+
+def test_records_count_beside_a_parquet_file_that_says_less(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", sample("a", 0, None, caption="of the record", image_id=7))
+    for table in (
+        {"key": ["a"], "url": ["x"]},
+        {"key": ["a"], "caption": pa.array([None], pa.string())},
+        {"key": pa.array([], pa.string())},
+    ):
+        pq.write_table(pa.table(table), tmp_path / "0.parquet")
+        (tmp_path / "index.parquet").unlink(missing_ok=True)
+        data = TarShards(tmp_path, modality="real")
+        assert (data.captions(0), data.image_id.tolist()) == (["of the record"], [7])
+    for keys in ([0], [None]):
+        pq.write_table(pa.table({"key": keys, "caption": ["x"]}), tmp_path / "0.parquet")
+        (tmp_path / "index.parquet").unlink(missing_ok=True)
+        with pytest.raises(DataError, match=r"0\.parquet: (1 of its keys are null|its keys are no texts)"):
+            TarShards(tmp_path, modality="real")
+
+
+def test_an_empty_shard_among_others_ends_nothing(tmp_path: Path) -> None:
+    urls = [str(write_tar(tmp_path / f"{n}.tar", pair(f"k{n}", n) if n else [])) for n in range(3)]
+    for rank in range(3):
+        rows = StreamRows(urls, SPEC, 2, "real", "real", 0, None, seed=0, num_replicas=3, rank=rank)
+        assert len(list(itertools.islice(iter(rows), 6))) == 6
+
+
+@pytest.mark.parametrize("text", ["{00005..00001}.tar", "._0.tar"])
+def test_what_names_no_tar(tmp_path: Path, text: str) -> None:
+    write_tar(tmp_path / "0.tar", pair("a", 0))
+    (tmp_path / "._0.tar").write_bytes(b"of another system")
+    assert len(TarShards(tmp_path, modality="real")) == 1
+    with pytest.raises(DataError):
+        TarShards(tmp_path / text, modality="real")

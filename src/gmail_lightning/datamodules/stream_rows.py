@@ -57,6 +57,7 @@ class StreamRows(IterableDataset[ImageTextBatch]):
         self._owed = 0  # rows that are still to be marked as standing in for broken ones
 
     def __iter__(self) -> Iterator[ImageTextBatch]:
+        self._shards_read.reasons, self._shards_read.readable, self._given, self._owed = [], 0, 0, 0
         worker = get_worker_info()
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         samples = self._samples(self.rank * workers + number, self.num_replicas * workers)
@@ -64,14 +65,16 @@ class StreamRows(IterableDataset[ImageTextBatch]):
             yield self._batch(samples)
 
     def _shards(self, slot: int, slots: int) -> Iterator[str]:
+        in_vain: set[int] = set()  # shards without a sample since the last one that had some
         for number in itertools.count():
-            before = self._shards_read.readable
             order = np.random.default_rng([self.seed, self.start, number]).permutation(len(self.urls))
-            for shard in order[slot::slots]:
+            for shard in order[slot::slots].tolist():
+                before = self._shards_read.readable
                 yield self.urls[shard]
-            if self._shards_read.readable == before:
-                why = self._shards_read.last_reason
-                raise DataError(f"{self.urls[order[slot]]} and the shards beside it hold no sample to train on.{why}")
+                in_vain = {*in_vain, shard} if self._shards_read.readable == before else set()
+                if len(in_vain) == len(self.urls):
+                    why = self._shards_read.last_reason
+                    raise DataError(f"{self.urls[shard]} and the shards beside it hold no sample to train on.{why}")
 
     def _samples(self, slot: int, slots: int) -> Iterator[Sample]:
         import webdataset

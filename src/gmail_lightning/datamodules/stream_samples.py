@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import lzma
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +14,25 @@ from typing import Any
 from gmail_lightning.datasets.base import DataError, ModalityName, one_line
 from gmail_lightning.datasets.ids import id_number, stable_ids
 from gmail_lightning.datasets.tar_index import read_record
-from gmail_lightning.datasets.tar_members import digest_of, of_no_use, open_tar, read_members, read_name
+from gmail_lightning.datasets.tar_members import (
+    decompressed,
+    digest_of,
+    of_no_use,
+    open_tar,
+    own_name,
+    read_members,
+    read_name,
+)
 from gmail_lightning.types import Modality
 
-UNREADABLE = (tarfile.TarError, OSError, EOFError, ValueError)  # of a shard, or of the command that fetches it
+UNREADABLE = (
+    tarfile.TarError,
+    OSError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    lzma.LZMAError,
+)  # of a shard, or of the command that fetches it
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +80,8 @@ def read_sample(key: str, members: dict[str, bytes], modality: ModalityName, fir
     except DataError as error:
         raise DataError(f"Key {key!r}: {error}") from error
     if image_id == -1:
-        image_id = int(stable_ids([f"{space or first}/{key}"])[0])
+        name = f"{space}/{key}" if space else own_name(first, key, len(members["image"]))
+        image_id = int(stable_ids([name])[0])
     if pair_id == -1 and Modality[modality.upper()] == Modality.REAL:
         pair_id = image_id
     return Sample(key, members["image"], caption, image_id, pair_id)
@@ -131,7 +149,7 @@ class ShardReader:
         from webdataset import gopen
 
         first = ""
-        with gopen(url) as file, open_tar(file, "r|*") as archive:
+        with gopen(url) as file, decompressed(file) as stream, open_tar(stream, "r|") as archive:
             named = ((read_name(member.name), member) for member in read_members(archive))
             for _, group in itertools.groupby(named, lambda one: one[0].group):
                 found: dict[str, dict[str, bytes]] = {}

@@ -76,7 +76,23 @@ def caption_table(annotations: Path, rows: Iterable[CaptionRow]) -> pa.Table:
             columns[name].append(str(value) if type(value) is int and value >= 0 else _text(annotations, row, name))
         columns["split"].append(row.split)
         columns["entry"].append(row.entry)
-    return pa.table(columns, schema=SCHEMA)
+    try:
+        return pa.table(columns, schema=SCHEMA)
+    except UnicodeEncodeError:
+        bad = next(i for i, row in enumerate(zip(*columns.values(), strict=True)) if not _is_utf8(row))
+        one = {name: values[bad] for name, values in columns.items()}
+        raise DataError(
+            f"{annotations}: caption {one['caption_id']!a} of {one['file']!a} holds half of a character: "
+            f"{one['caption']!a}. Mend it."
+        ) from None
+
+
+def _is_utf8(values: Iterable[Any]) -> bool:
+    try:
+        "".join(value for value in values if isinstance(value, str)).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _text(annotations: Path, row: CaptionRow, name: str) -> str:

@@ -72,7 +72,9 @@ def find_tars(path: str | Path) -> list[Path]:
     if is_remote(text):
         raise DataError(f"{text}: random access needs local tars. Fetch them, or stream with StreamingDataModule.")
     if Path(text).is_dir():
-        found = sorted(p for p in Path(text).iterdir() if p.name.endswith((".tar", ".tar.gz", ".tgz")))
+        found = sorted(
+            p for p in Path(text).iterdir() if p.name.endswith((".tar", ".tar.gz", ".tgz")) and p.name[0] != "."
+        )
         if not found:
             raise DataError(f"{text}: no .tar in this folder.")
         lost = [p for p in Path(text).glob("*.parquet") if p.stem.isdigit() and not p.with_suffix(".tar").is_file()]
@@ -90,6 +92,8 @@ def find_tars(path: str | Path) -> list[Path]:
             raise DataError(
                 f"{missing[0]}: no such tar ({len(missing)} missing). A relative path starts from {Path.cwd()}."
             )
+    if not found:
+        raise DataError(f"{text} names no tar: a range goes from the smaller number to the larger.")
     compressed = [p for p in found if p.suffix in (".gz", ".tgz")]
     if compressed:
         raise DataError(

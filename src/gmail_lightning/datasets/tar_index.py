@@ -22,7 +22,15 @@ import pyarrow.parquet as pq
 from gmail_lightning.cache import cache_folder
 from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.ids import id_text, stable_ids
-from gmail_lightning.datasets.tar_members import digest_of, of_no_use, open_tar, read_members, read_name
+from gmail_lightning.datasets.tar_members import (
+    digest_of,
+    name_is_text,
+    of_no_use,
+    open_tar,
+    own_name,
+    read_members,
+    read_name,
+)
 
 INDEX = "index.parquet"
 META = b"gmail_lightning_tar_index"
@@ -36,7 +44,7 @@ SCHEMA = pa.schema(
         ("own_id", pa.int64()),
     ]
 )
-VERSION = 3  # of what an index says; one of another version is made anew
+VERSION = 4  # of what an index says; one of another version is made anew
 UNREADABLE = "unreadable text"
 
 Places = dict[str, tuple[int, int]]
@@ -119,17 +127,18 @@ def index_tar(path: Path, described: bool = False) -> tuple[pa.Table, dict[str, 
     table = pa.table(columns, schema=TEXTS)
     if beside is not None:
         table = _with_parquet(table, beside)
-    ids = _own_ids(image, first, table["key"].to_pylist())
+    ids = _own_ids(image, first, table)
     try:
         return table.append_column("own_id", pa.array(ids, pa.int64())).cast(SCHEMA), unused
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: a clip_score is no number ({error}).") from error
 
 
-def _own_ids(image: bytes, first: str, keys: list[str]) -> np.ndarray:
-    """Ids of images without a stated one: of their keys and of the first image of their tar, wherever that lies."""
+def _own_ids(image: bytes, first: str, table: pa.Table) -> np.ndarray:
+    """Ids of images without a stated one, wherever their tar lies."""
     digest = digest_of(first, image)
-    return stable_ids(f"{digest}/{key}" for key in keys)
+    rows = zip(table["key"].to_pylist(), table["image_size"].to_pylist(), strict=True)
+    return stable_ids(own_name(digest, key, size) for key, size in rows)
 
 
 def _members(path: Path, file: IO[bytes]) -> tuple[dict[str, Places], dict[str, int]]:
@@ -143,6 +152,7 @@ def _members(path: Path, file: IO[bytes]) -> tuple[dict[str, Places], dict[str, 
                 if not name.kind or not member.isreg():
                     unused[of_no_use(member.name) if member.isreg() else "links"] += 1
                     continue
+                _refuse_member(path, member)
                 found = members.setdefault(name.key, {})
                 if name.kind in found:
                     raise DataError(
@@ -157,20 +167,31 @@ def _members(path: Path, file: IO[bytes]) -> tuple[dict[str, Places], dict[str, 
     return members, dict(unused)
 
 
-def _fields(path: Path, key: str, descriptor: int, found: Places, with_record: bool) -> dict[str, str | None]:
-    """What a key's texts say; what cannot be read becomes its status."""
+def _refuse_member(path: Path, member: tarfile.TarInfo) -> None:
+    if not name_is_text(member.name):
+        raise DataError(f"{path}: the name {member.name!r} is not UTF-8. Write the tar again with such names.")
+    if member.issparse():
+        raise DataError(f"{path}: {member.name} is a sparse member, not to be read at its place. Write it without -S.")
+
+
+def _fields(path: Path, key: str, descriptor: int, found: Places, alone: bool) -> dict[str, str | None]:
+    """What a key's texts say; what cannot be read becomes its status, where they stand ``alone``, without a Parquet."""
     fields: dict[str, str | None] = {}
     record: dict[str, Any] = {}
     try:
-        if with_record and "json" in found:
+        if "json" in found:
             offset, size = found["json"]
             record = read_record(os.pread(descriptor, size, offset))
             fields = {name: _text(name, record.get(name)) for name in FIELDS}
+    except DataError as error:
+        raise DataError(f"{path} key {key!r}: {error}") from error
+    except ValueError:
+        if alone:
+            return {"status": UNREADABLE}
+    try:
         if "txt" in found:
             offset, size = found["txt"]
             fields["caption"] = os.pread(descriptor, size, offset).decode("utf-8-sig") or fields.get("caption")
-    except DataError as error:
-        raise DataError(f"{path} key {key!r}: {error}") from error
     except ValueError:
         fields["status"] = UNREADABLE
     _refuse_generated(path, record)
@@ -189,8 +210,9 @@ def read_record(data: bytes) -> dict[str, Any]:
         raise ValueError("nested too deeply") from error
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    if not isinstance(record.get("caption"), str | None):
-        raise ValueError(f"its caption is {record['caption']!r} and no text")
+    caption = record.get("caption")
+    if not isinstance(caption, str | None) or not name_is_text(caption or ""):
+        raise ValueError(f"its caption is {caption!r} and no text")
     return record
 
 
@@ -222,6 +244,11 @@ def _parquet_beside(path: Path) -> pa.Table | None:
     if "key" not in names:
         return None
     _refuse_generated(path, names)
+    if not _holds_texts(table["key"]) or table["key"].null_count:
+        fault = (
+            f"{table['key'].null_count} of its keys are null" if table["key"].null_count else "its keys are no texts"
+        )
+        raise DataError(f"{file}: {fault}, so that they are not those of the tar. Write them as texts, or remove it.")
     columns: dict[str, pa.Array] = {}
     for name in table.column_names:
         try:
@@ -238,7 +265,8 @@ def _parquet_beside(path: Path) -> pa.Table | None:
 
 def _holds_texts(column: pa.ChunkedArray) -> bool:
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(test(kind) for test in tests)
 
 
 def _with_parquet(table: pa.Table, beside: pa.Table) -> pa.Table:
@@ -246,7 +274,8 @@ def _with_parquet(table: pa.Table, beside: pa.Table) -> pa.Table:
     row = pc.index_in(table["key"], value_set=beside["key"].combine_chunks())
     for name in FIELDS:
         if name in beside.column_names:
-            values = pc.coalesce(table[name], beside[name].take(row))
+            given = beside[name].take(row)
+            values = pc.coalesce(table[name], given) if name == "caption" else pc.coalesce(given, table[name])
             table = table.set_column(table.schema.get_field_index(name), name, values)
     only = beside.filter(pc.invert(pc.is_in(beside["key"], value_set=table["key"].combine_chunks())))
     columns = {field.name: pa.nulls(len(only), field.type) for field in TEXTS}
@@ -272,10 +301,13 @@ def _load(
     """Stamps, rows and members of no use of the tars that are indexed."""
     for place in _places(folder):
         try:
-            meta = json.loads((pq.read_schema(place).metadata or {}).get(META, b"{}"))
-            if (meta.get("described"), meta.get("version")) != (described, VERSION):
+            with place.open("rb") as handle, pq.ParquetFile(handle) as file:  # once: another process may replace it
+                meta = json.loads((file.schema_arrow.metadata or {}).get(META, b"{}"))
+                if (meta.get("described"), meta.get("version")) != (described, VERSION):
+                    continue
+                table, start, parts = file.read().replace_schema_metadata(None).cast(SCHEMA), 0, {}
+            if len(table) != sum(rows for _, rows, _ in meta["tars"].values()):
                 continue
-            table, start, parts = pq.read_table(place, schema=SCHEMA, partitioning=None), 0, {}
         except (OSError, pa.ArrowInvalid):  # not there, or not readable: made anew
             continue
         for name, (_, rows, _) in meta["tars"].items():

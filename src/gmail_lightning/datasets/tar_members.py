@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import io
+import lzma
 import os
 import re
 import tarfile
@@ -54,6 +58,48 @@ def digest_of(key: str, image: bytes) -> str:
     return hashlib.blake2b(key.encode(errors="surrogateescape") + b"\0" + image, digest_size=8).hexdigest()
 
 
+def own_name(digest: str, key: str, size: int | None) -> str:
+    """What an image without a stated id is known by: its tar, its key, and the size of its file."""
+    return f"{digest}/{key}/{size}"
+
+
+def name_is_text(name: str) -> bool:
+    """Whether a text can be written as UTF-8: half of a surrogate pair cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def decompressed(file: Any) -> IO[bytes]:
+    """Reads a stream that may be compressed, through all members that are joined; checksums are compared.
+
+    Args:
+        file: With a method ``read``, as of a pipe.
+    """
+    stream = io.BufferedReader(_Readable(file))
+    head = stream.peek(6)
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=stream)  # type: ignore[return-value]
+    if head.startswith(b"BZh"):
+        return bz2.BZ2File(stream)  # type: ignore[return-value]
+    return lzma.LZMAFile(stream) if head.startswith(b"\xfd7zXZ") else stream  # type: ignore[return-value]
+
+
+class _Readable(io.RawIOBase):
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
 class Archive(tarfile.TarFile):
     """Reads on behind an end mark, where archives are joined end to end, and says whether the last one has its own."""
 
@@ -77,7 +123,7 @@ class Header(tarfile.TarInfo):
 
 
 def open_tar(file: IO[bytes], mode: str) -> Archive:
-    """Opens a tar: mode ``r:`` of a file, ``r|*`` of a stream that may be compressed.
+    """Opens a tar: mode ``r:`` of a file, ``r|`` of a stream.
 
     Raises:
         tarfile.ReadError: If it is none.
