@@ -182,3 +182,10 @@ def test_what_does_not_fit_is_refused(folders: dict[str, Path], tmp_path: Path) 
     DDPMPipeline(unconditional, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     with pytest.raises(ValueError, match="DDPMPipeline takes no text"):
         make(tmp_path / "ddpm")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_size_that_the_pipeline_refuses_is_told_before_the_first_image(folders: dict[str, Path], kind: str) -> None:
+    for size in (0, *([] if kind in ("sd3", "pixel") else [31])):  # the tiny ones of these two take 31
+        with pytest.raises(ValueError, match=r"size|divisible"):
+            make(folders[kind], size=size)
