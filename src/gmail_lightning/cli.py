@@ -170,7 +170,8 @@ class GmailCLI(LightningCLI):
         elif found is None and checkpoint and _is_missing_file(checkpoint):
             raise MisconfigurationException(f"--ckpt_path {checkpoint}: no such file.")
         if found is not None:
-            wanted["seed"], wanted["checkpoint"] = found.record["seed"], found.checkpoint
+            wanted["seed"] = found.record["seed"]
+            wanted["checkpoint"] = found.checkpoint or (None if checkpoint == "last" else checkpoint)
         if found is not None and verb == "fit":
             folder, is_new, was_there = found.folder, False, True  # it goes on there
         elif root and found is None:
