@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.trainer.states import TrainerFn
 
 from gmail_lightning import runs
 from gmail_lightning.main import main, recipes_folder
@@ -352,3 +354,41 @@ def test_a_trial_takes_nothing_and_a_folder_at_work_is_refused(tmp_path: Path) -
     plant(tmp_path / "own", state="running", host="elsewhere")
     assert fit("--trainer.default_root_dir", str(tmp_path / "own")) == 2
     assert record(tmp_path / "own")["host"] == "elsewhere"
+
+
+@pytest.mark.parametrize("verb", ["test", "predict", "validate"])
+def test_results_outlive_a_late_failure(verb: str) -> None:
+    run = runs.Run(Path("a"), make_record("a", verb, {}, 0, None), True)
+    run.begin()
+    files = runs.RunFiles(run, "")
+    trainer = SimpleNamespace(state=SimpleNamespace(fn=verb))
+    {"test": files.on_test_batch_end, "predict": files.on_predict_batch_end, "validate": files.on_validation_batch_end}[
+        verb
+    ](trainer)
+    Path("a/results.json").write_text("{}")
+    run.end("failed")
+    assert Path("a/results.json").exists()
+    assert record(Path("a"))["state"] == "failed"
+
+
+def test_validation_within_a_fit_is_no_step() -> None:
+    run = runs.Run(Path("a"), make_record("a", "fit", {}, 0, None), True)
+    run.begin()
+    runs.RunFiles(run, "").on_validation_batch_end(SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING)))
+    run.end("failed")
+    assert not Path("a").exists()
+
+
+def test_a_requeued_job_without_a_state_keeps_the_checkpoint_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fit("--name=first") == 0
+    (first,) = made("first")
+    given = first / "checkpoints/last.ckpt"
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert fit(f"--ckpt_path={given}", "--name=job", steps=4) == 0
+    (job,) = made("job")
+    (job / "checkpoints/last.ckpt").unlink()  # as one that was killed before its first state
+    (job / "run.json").write_text(json.dumps({**record(job), "state": "running", "process": 0, "process_start": "no"}))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert fit(f"--ckpt_path={given}", "--name=job", steps=4) == 0
+    assert made("job") == [job]
+    assert record(job)["checkpoint"] == str(given)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from gmail_lightning.distributed import on_first_rank
@@ -150,6 +151,22 @@ class RunFiles(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A step was made."""
+        self._keep()
+
+    def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """There are values."""
+        self._keep()
+
+    def on_predict_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """There may be a file."""
+        self._keep()
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """There are values, where validation is all that is done."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._keep()
+
+    def _keep(self) -> None:
         if self.run is not None:
             self.run.has_stepped = True
 

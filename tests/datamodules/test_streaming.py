@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tarfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -190,13 +191,25 @@ def test_settings_that_make_no_sense(tmp_path: Path, monkeypatch: pytest.MonkeyP
         module("a")
 
 
-def test_samples_that_are_read_ahead_do_not_count_before_their_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shuffle", [0, 1000])
+def test_samples_that_are_read_ahead_count_in_their_time(tmp_path: Path, shuffle: int) -> None:
+    """Of three shards of five samples one keeps two: three are lost in a pass over twelve, one where it comes first."""
     urls = shards(tmp_path, 3)
     cut = tmp_path / "001.tar"
-    cut.write_bytes(cut.read_bytes()[: len(cut.read_bytes().rstrip(b"\0")) // 2])
-    counts = {}
-    for shuffle in (0, 1000):
-        batches = list(module(urls, shuffle=shuffle, batch_size=4, steps_per_epoch=12).train_dataloader())
-        counts[shuffle] = sum(len(batch["replaced_reason"]) for batch in batches)
-    assert 3 <= counts[0] <= 15  # 48 samples are some four passes over 12 whole and three lost ones
-    assert counts[1000] <= counts[0] + 3
+    with tarfile.open(cut) as tar:
+        third = next(member for member in tar if member.name.startswith("k7")).offset
+    cut.write_bytes(cut.read_bytes()[: third + 600])
+    for passes in (1, 4):
+        made = module(urls, shuffle=shuffle, batch_size=4, steps_per_epoch=3 * passes + 1, max_replaced_fraction=1.0)
+        batches = list(made.train_dataloader())
+        told = sum(len(batch["replaced_reason"]) for batch in batches)
+        assert 3 * passes - 2 <= told <= 3 * (passes + 1)
+        assert sum(int(batch["replaced"].sum()) for batch in batches) <= told
+
+
+def test_shards_that_are_all_cut_stop_the_training(tmp_path: Path) -> None:
+    urls = shards(tmp_path, 3)
+    for path in tmp_path.glob("*.tar"):
+        path.write_bytes(path.read_bytes()[: len(path.read_bytes().rstrip(b"\0")) // 2])
+    with pytest.raises(DataError, match=r"is cut short.* not known how many samples are lost"):
+        list(module(urls, max_replaced_fraction=0.9).train_dataloader())

@@ -262,3 +262,24 @@ def test_columns_that_are_not_read_are_told(tmp_path: Path) -> None:
     assert ManifestDataset(path, modality="real").summary == f"{path}: columns that are not read: pairid, url."
     path.write_text("image,caption,pair_id\n1.jpg,a cat,7\n")
     assert ManifestDataset(path, modality="real").summary is None
+
+
+def test_a_class_may_be_called_none(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("image,caption,label\n1.jpg,a,cat\n2.jpg,b,none\n3.jpg,c,\n")
+    data = ManifestDataset(path, modality="real")
+    assert (data.class_names, data.label.tolist()) == (["cat", "none"], [0, 1, -1])
+    path.write_text("image,caption,label\n1.jpg,a,3\n2.jpg,b,nan\n3.jpg,c,\n")
+    data = ManifestDataset(path, modality="real")
+    assert (data.class_names, data.label.tolist()) == (None, [3, -1, -1])
+
+
+def test_half_of_a_character_and_the_text_none(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"image": "1.jpg", "caption": "a"}\n{"image": "2.jpg", "caption": "cut \\ud83d"}\n')
+    with pytest.raises(DataError, match=r"row 2, caption: 'cut \\ud83d' holds half of a character"):
+        ManifestDataset(path, modality="real")
+    rows = [{"image": f"{n}.jpg", "caption": "a", "question": text} for n, text in enumerate(("none", 7, None))]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data = ManifestDataset(path, modality="real")
+    assert [data.question(n) for n in range(3)] == ["none", "7", ""]

@@ -173,3 +173,5 @@ def main(rank, folder):
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2])
+    sys.stdout.flush()
+    os._exit(0)  # DDP keeps gloo's threads beyond the group, and one that frees a tensor while Python ends aborts

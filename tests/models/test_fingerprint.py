@@ -15,6 +15,7 @@ from gmail_lightning.models.fingerprint import (
     fingerprint_difference,
     fingerprint_digest,
     tensor_statistics,
+    weights_difference,
 )
 from gmail_lightning.models.long_text import stretch_context
 from gmail_lightning.models.modality import is_adapter_key
@@ -329,3 +330,10 @@ def test_positions_that_were_stretched_are_not_compared(tiny) -> None:
     with torch.no_grad():
         other.model.positional_embedding.normal_()
     assert "text.positional_embedding" in fingerprint_difference(fingerprint(short, BOTH), fingerprint(other, BOTH))
+
+
+def test_a_mask_that_is_infinite_equals_itself() -> None:
+    mask = {"text.attn_mask": torch.full((4, 4), -math.inf).triu(1), "empty": torch.empty(0)}
+    assert weights_difference(tensor_statistics(mask), tensor_statistics(mask)) is None
+    finite = {**mask, "text.attn_mask": torch.zeros(4, 4)}
+    assert "text.attn_mask" in weights_difference(tensor_statistics(mask), tensor_statistics(finite))

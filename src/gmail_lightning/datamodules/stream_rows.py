@@ -46,13 +46,14 @@ class StreamRows(IterableDataset[ImageTextBatch]):
         num_replicas: int,
         rank: int,
         space: str = "",
+        any_loss: bool = False,
     ) -> None:
         self.urls, self.spec, self.batch_size, self.shuffle, self.seed = urls, spec, batch_size, shuffle, seed
         self.modality: ModalityName = modality
         self.source, self.augmentation = source, augmentation
         self.num_replicas, self.rank = num_replicas, rank
         self.start = 0  # part of the seed: a run that goes on draws anew
-        self._shards_read = ShardReader(modality, space)
+        self._shards_read = ShardReader(modality, space, any_loss)
         self._given = 0  # samples taken from the stream
         self._owed = 0  # rows that are still to be marked as standing in for broken ones
 

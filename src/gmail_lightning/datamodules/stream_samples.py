@@ -91,12 +91,13 @@ def read_sample(key: str, members: dict[str, bytes], modality: ModalityName, fir
 class ShardReader:
     """Reads shards one after the other, and counts by samples what the broken ones among them take away.
 
-    How many samples a broken shard had is taken from the whole ones: as many as they hold on average. Until one was
-    read, it is not told.
+    How many samples a broken shard had is taken from the whole ones: as many as they hold on average. Where none was
+    read before, nobody knows what is lost, and that is an error.
 
     Attributes:
         modality: What the stream is said to be.
         space: Name of the data set that ids and keys are of.
+        any_loss: Whether all may be lost, so that a broken shard of unknown size counts as one sample.
         readable: Samples read so far.
         reasons: One line per sample that is broken or lost, and how many samples were read before it; for whoever shows
             them and takes them out.
@@ -104,10 +105,10 @@ class ShardReader:
 
     modality: ModalityName
     space: str = ""
+    any_loss: bool = False
     readable: int = 0
     reasons: list[tuple[int, str]] = field(default_factory=list)
     _whole: list[int] = field(default_factory=lambda: [0, 0])  # shards, and their samples
-    _untold: list[tuple[str, int]] = field(default_factory=list)  # of broken shards: why, and how many were read
     _named: set[str] = field(default_factory=set)
 
     def read(self, url: str) -> Iterator[Sample]:
@@ -129,20 +130,21 @@ class ShardReader:
         except DataError:
             raise
         except UNREADABLE as error:
-            self._untold.append((f"{url} is cut short, damaged, or cannot be read: {error}", seen))
+            reason = f"{url} is cut short, damaged, or cannot be read: {error}"
+            if not (self._whole[0] or self.any_loss):
+                raise DataError(
+                    f"{reason}. No whole shard was read before it, so that it is not known how many samples are lost: "
+                    "fetch it again, or take it out of urls."
+                ) from error
+            usual = round(self._whole[1] / self._whole[0]) if self._whole[0] else 0
+            self.reasons += [(self.readable, reason)] * max(usual - seen, 1)
         else:
             self._whole = [self._whole[0] + 1, self._whole[1] + seen]
-        if self._whole[1]:
-            for reason, read in self._untold:
-                lost = max(round(self._whole[1] / self._whole[0]) - read, 1)
-                self.reasons += [(self.readable, reason)] * lost
-            self._untold = []
 
     @property
     def last_reason(self) -> str:
         """Why nothing came; empty where no one knows."""
-        known = [*(reason for _, reason in self.reasons[-1:]), *(reason for reason, _ in self._untold[-1:])]
-        return f" The last reason: {known[-1]}." if known else ""
+        return f" The last reason: {self.reasons[-1][1]}." if self.reasons else ""
 
     def _groups(self, url: str) -> Iterator[tuple[str, dict[str, bytes], str]]:
         """Yields keys with their members by kind, and the digest of the shard's first image."""

@@ -59,7 +59,8 @@ class StreamingDataModule(MixedModalityDataModule):
         augmentation: Applied to training images, float (3, h, w) in [0, 1] after the resize.
         eval_batch_size: Images per device in evaluation and prediction; by default ``batch_size``.
         num_workers: Worker processes of each loader; each needs a shard of its own.
-        max_replaced_fraction: Training stops once more than this share of an epoch's samples were broken.
+        max_replaced_fraction: Training stops once more than this share of an epoch's samples were broken. Below 1, a
+            shard that is cut short before a worker has read a whole one stops it, for what is lost is not known.
         seed: Of the order; by default that of ``seed_everything``, else 0.
         input_spec: For use without a task.
         space: Name of the data set that ids and keys are of, as in ``TarShards``.
@@ -132,7 +133,7 @@ class StreamingDataModule(MixedModalityDataModule):
         )
         rows = StreamRows(
             self.urls, self._spec(), self.batch_size, self.modality, self.source, self.shuffle, self.augmentation,
-            self.seed, num_replicas, rank, self.space,
+            self.seed, num_replicas, rank, self.space, self.max_replaced_fraction == 1,
         )  # fmt: skip
         settings = {**self._settings(False), "collate_fn": as_is}
         return StreamLoader(rows, self.steps_per_epoch, self._start, settings)

@@ -255,6 +255,13 @@ def _is_wrong(value: Any, kind: Kind) -> bool:
 
 def _column(values: list[Any], kind: Kind) -> pa.ChunkedArray:
     """A column of values as JSON and CSV give them."""
+    try:
+        return _typed(values, kind)
+    except UnicodeEncodeError as error:
+        raise DataError(f"{error.object[:80]!a} holds half of a character. Mend it.") from error
+
+
+def _typed(values: list[Any], kind: Kind) -> pa.ChunkedArray:
     if kind is text_lists:
         values = [_caption(value) for value in values]
         if any(isinstance(value, list) for value in values):
@@ -269,7 +276,8 @@ def _column(values: list[Any], kind: Kind) -> pa.ChunkedArray:
         return pa.chunked_array([pa.array(values, pa.string())])
     if all(type(value) is int and abs(value) < 2**63 for value in values):
         return pa.chunked_array([pa.array(values, pa.int64())])
-    return pa.chunked_array([pa.array([id_text(value) for value in values], pa.string())])
+    values = [value if isinstance(value, str) else id_text(value) for value in values]
+    return pa.chunked_array([pa.array(values, pa.string())])
 
 
 def _caption(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +32,10 @@ from gmail_lightning.datasets.columns import (
     text_lists,
     texts,
 )
-from gmail_lightning.datasets.ids import content_id, file_ids, id_column, id_text, running_numbers
+from gmail_lightning.datasets.ids import MISSING, content_id, file_ids, id_column, id_text, running_numbers
 from gmail_lightning.types import Modality
+
+INTEGER = "-?[0-9]{1,18}"
 
 
 class ManifestDataset(ImageTextDataset):
@@ -181,11 +184,13 @@ class ManifestDataset(ImageTextDataset):
     def _read_labels(self, column: pa.ChunkedArray) -> None:
         values, codes = _codes(column)
         try:
-            names = [id_text(value) for value in values.to_pylist()]
+            names = [_class_name(value) for value in values.to_pylist()]
+            if all(name is None or name.lower() in MISSING or re.fullmatch(INTEGER, name) for name in names):
+                names = [id_text(name) for name in names]  # among numbers, "nan" is none
         except DataError as error:
             raise DataError(f"{self.path} label: {error}") from error
         known = {name for name in names if name is not None}
-        if all(re.fullmatch("-?[0-9]{1,18}", name) for name in known):
+        if all(re.fullmatch(INTEGER, name) for name in known):
             number = {name: int(name) for name in known}
         else:
             self.class_names = sorted(known)
@@ -240,6 +245,12 @@ class ManifestDataset(ImageTextDataset):
 
     def describe(self, index: int) -> str:  # noqa: D102
         return f"{self.path} row {index + 1} (key {self.sample_key(index)!r})"
+
+
+def _class_name(value: Any) -> str | None:
+    """The text of a label; a class may be called "none"."""
+    name = value.strip() if isinstance(value, str) else None
+    return name if name is not None and name.lower() in MISSING - {""} else id_text(value)
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
