@@ -22,9 +22,9 @@ from gmail_lightning.datasets.ids import file_ids, id_column, id_number, id_text
 BIG, NAN = 17_000_000_000_000_000_011, float("nan")
 
 
-def draw(path: Path, shade: int) -> None:
+def draw(path: Path, shade: int, format: str | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 6), (shade, 90, 30)).save(path)
+    Image.new("RGB", (8, 6), (shade, 90, 30)).save(path, format)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_images_are_known_wherever_they_lie(tmp_path: Path, read: Callable[[Path
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert len({*one.image_id.tolist(), *two.image_id.tolist()}) == 8  # equal names, other images
     assert one.image_id.tolist() == folder(tmp_path / "one").image_id.tolist()  # whichever data set reads them
-    assert one.pair_id.tolist() == one.image_id.tolist()  # real rows without a pair have one of their own
+    assert len({*one.pair_id.tolist(), *two.pair_id.tolist(), -1}) == 9  # each real row has a pair of its own
     shutil.move(tmp_path / "one", tmp_path / "three")
     moved = read(tmp_path / "three")
     assert moved.image_id.tolist() == one.image_id.tolist()
@@ -172,16 +172,72 @@ def test_a_path_may_be_written_in_any_way(tmp_path: Path, monkeypatch: pytest.Mo
         assert file_ids(root, files).tolist() == expected
 
 
-def test_folders_that_only_begin_alike_are_refused(tmp_path: Path) -> None:
+def test_folders_that_only_begin_alike(tmp_path: Path) -> None:
+    """As two videos that begin in black, of one data set or of two."""
     for name in ("a", "b"):
         draw(tmp_path / name / "0.png", 0)
     Image.new("RGB", (8, 6)).save(tmp_path / "a" / "1.png")
     Image.new("RGB", (80, 60)).save(tmp_path / "b" / "1.png")
-    with pytest.raises(DataError, match=r"begin with the same image, but 1\.png differs"):
-        file_ids(tmp_path, ["a/1.png", "b/1.png"])
-    assert len(set(file_ids(tmp_path, ["a/1.png", "b/1.png"], "mine").tolist())) == 2
+    assert len({*file_ids(tmp_path / "a", ["1.png"]), *file_ids(tmp_path / "b", ["1.png"])}) == 2
     shutil.copytree(tmp_path / "a", tmp_path / "c")
     assert len(set(file_ids(tmp_path, ["a/1.png", "c/1.png"]).tolist())) == 1  # a copy is the same image
+    for name, grey in (("a", 10), ("b", 20)):
+        Image.new("L", (8, 6), grey).save(tmp_path / name / "2.bmp")
+    assert len(set(file_ids(tmp_path, ["a/2.bmp", "b/2.bmp"]).tolist())) == 2  # of one size, but small
+    for name, grey in (("a", 10), ("b", 20)):
+        Image.new("L", (80, 60), grey).save(tmp_path / name / "2.bmp")
+    with pytest.raises(DataError, match=r"begin with the same image, but 2\.bmp, of equal size, differs"):
+        file_ids(tmp_path, ["a/2.bmp", "b/2.bmp"])
+    assert len({*file_ids(tmp_path / "a", ["2.bmp"], "a"), *file_ids(tmp_path / "b", ["2.bmp"], "b")}) == 2
+
+
+def test_images_that_are_added_behind_or_have_no_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("000", "001"):
+        draw(tmp_path / "data" / name, int(name), format="PNG")
+    (tmp_path / "data" / "about.json").write_text("{}")
+    before = file_ids(tmp_path, ["data/000", "data/001"])
+    draw(tmp_path / "data" / "002", 2, format="PNG")
+    (tmp_path / "data" / "about.json").write_text("{1}")
+    monkeypatch.chdir(tmp_path)
+    assert file_ids("data", ["000", "001"]).tolist() == before.tolist()
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    assert file_ids("moved", ["000", "001"]).tolist() == before.tolist()
+
+
+def test_files_that_are_not_there_go_by_their_real_path_or_by_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert file_ids("x", ["a.png"]).tolist() == file_ids(tmp_path / "y", ["../x/a.png"]).tolist()
+    assert len({*file_ids("x", ["a.png"]), *file_ids("y", ["a.png"])}) == 2
+    assert file_ids("x", ["a.png"], "mine").tolist() == file_ids("y", ["./a.png"], "mine").tolist()
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "coco"])
+def test_a_pair_does_not_depend_on_the_rows_beside_it(tmp_path: Path, kind: str) -> None:
+    """Nor on their order; rows that are equal in all are two."""
+    texts = ["a cup", "a mug", "a jug", "a cup", "a cup"]
+    images = ["1", "1", "2", "1", "2"]
+
+    def read(rows: list[int]) -> ImageTextDataset:
+        if kind == "coco":
+            content = {
+                "images": [{"id": int(i), "file_name": f"{i}.png"} for i in sorted({images[row] for row in rows})],
+                "annotations": [{"id": row, "image_id": int(images[row]), "caption": texts[row]} for row in rows],
+            }
+            (tmp_path / "c.json").write_text(json.dumps(content))
+            return CocoCaptions(tmp_path / "c.json", tmp_path)
+        entries = [{"image": f"{images[row]}.png", "caption": texts[row]} for row in rows]
+        if kind == "jsonl":
+            return ManifestDataset(jsonl(tmp_path / "a.jsonl", entries), modality="real")
+        lines = "\n".join(f"{entry['image']},{entry['caption']}" for entry in entries)
+        (tmp_path / "a.csv").write_text(f"image,caption\n{lines}\n")
+        return ManifestDataset(tmp_path / "a.csv", modality="real")
+
+    whole = read([0, 1, 2, 3, 4]).pair_id
+    assert len(set(whole.tolist())) == 5
+    for rows in ([0], [1], [2], [4], [2, 1, 0], [1, 4]):
+        assert read(rows).pair_id.tolist() == whole[rows].tolist()
 
 
 def test_bytes_go_by_their_content(tmp_path: Path) -> None:

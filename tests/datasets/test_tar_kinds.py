@@ -308,16 +308,45 @@ def test_compressed_streams_are_read_through(tmp_path: Path, compress: Callable[
         assert "damaged.tar.gz is cut short" in as_stream(tmp_path / "damaged.tar.gz").told
 
 
-def test_tars_that_begin_alike_and_differ_share_no_ids(tmp_path: Path) -> None:
+@reader
+def test_tars_that_begin_alike_and_differ_share_no_ids(tmp_path: Path, read: Callable[..., Found]) -> None:
+    """Though keys and sizes are equal; packed anew, in another order or into other tars, the images keep their ids."""
     found = []
-    for name, numbers in (("one", (0, 1, 2)), ("two", (0, 2, 3))):
+    for name, numbers in (("one", (0, 1, 2)), ("two", (0, 2, 3)), ("again", (0, 1, 2))):
         (tmp_path / name).mkdir()
         members = [
-            (f"{i:03d}.{s}", d) for i, n in enumerate(numbers) for s, d in (("png", png(n) + bytes(n)), ("txt", b"x"))
+            (f"{i:03d}.{s}", d)
+            for i, n in enumerate(numbers)
+            for s, d in (("png", png(n).ljust(6000, b"x")), ("txt", b"x"))
         ]
-        found.append(at_random(write_tar(tmp_path / name / "0.tar", members)).image_ids)
-    assert found[0]["000"] == found[1]["000"]
-    assert found[0]["001"] != found[1]["001"]
+        if name == "again":
+            write_tar(tmp_path / name / "0.tar", members[4:])
+            write_tar(tmp_path / name / "1.tar", [*members[2:4], *members[:2]])
+        else:
+            write_tar(tmp_path / name / "0.tar", members)
+        found.append(read(tmp_path / name))
+    one, two, again = (each.image_ids for each in found)
+    assert one["000"] == two["000"]
+    assert len({*one.values(), *two.values()}) == 5
+    assert one == again
+    assert found[0].pair_ids == found[2].pair_ids
+
+
+@reader
+def test_a_key_has_a_pair_of_its_own_whatever_its_image(tmp_path: Path, read: Callable[..., Found]) -> None:
+    """Rows that state their image, and some of them a pair: as in COCO, packed by img2dataset."""
+    records = [{"image_id": 7}, {"image_id": 7}, {"image_id": 8, "pair_id": 5}]
+    members = [
+        (f"{n}.{s}", d)
+        for n, record in enumerate(records)
+        for s, d in (("png", png(n)), ("txt", b"x"), ("json", json.dumps(record).encode()))
+    ]
+    found = read(write_tar(tmp_path / "0.tar", members))
+    assert found.image_ids == {"0": 7, "1": 7, "2": 8}
+    assert found.pair_ids["2"] == 5
+    assert len({-1, 7, *found.pair_ids.values()}) == 5
+    assert read(write_tar(tmp_path / "0.tar", members[:3])).pair_ids == {"0": found.pair_ids["0"]}
+    assert set(read(tmp_path / "0.tar", modality="generated").pair_ids.values()) == {-1}
 
 
 def test_an_index_that_another_process_replaces_is_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,18 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gmail_lightning.datasets.base import DataError, ModalityName, one_line
-from gmail_lightning.datasets.ids import id_number, stable_ids
+from gmail_lightning.datasets.ids import HEAD, id_number, stable_ids
 from gmail_lightning.datasets.tar_index import read_record
 from gmail_lightning.datasets.tar_members import (
     decompressed,
-    digest_of,
     of_no_use,
     open_tar,
     own_name,
     read_members,
     read_name,
 )
-from gmail_lightning.types import Modality
 
 UNREADABLE = (
     tarfile.TarError,
@@ -48,14 +46,13 @@ class Sample:
     pair_id: int
 
 
-def read_sample(key: str, members: dict[str, bytes], modality: ModalityName, first: str, space: str) -> Sample | None:
+def read_sample(key: str, members: dict[str, bytes], modality: ModalityName, space: str) -> Sample | None:
     """Reads the members of one key.
 
     Args:
         key: The key.
         members: By kind: ``image``, ``txt``, ``json``.
         modality: What the stream is said to be.
-        first: Digest of the first image of the shard.
         space: Name of the data set that ids and keys are of.
 
     Returns:
@@ -79,12 +76,11 @@ def read_sample(key: str, members: dict[str, bytes], modality: ModalityName, fir
         image_id, pair_id = (id_number(record.get(name), space) for name in ("image_id", "pair_id"))
     except DataError as error:
         raise DataError(f"Key {key!r}: {error}") from error
-    if image_id == -1:
-        name = f"{space}/{key}" if space else own_name(first, key, len(members["image"]))
-        image_id = int(stable_ids([name])[0])
-    if pair_id == -1 and Modality[modality.upper()] == Modality.REAL:
-        pair_id = image_id
-    return Sample(key, members["image"], caption, image_id, pair_id)
+    image = members["image"]
+    own_id = int(stable_ids([f"{space}/{key}" if space else own_name(key, len(image), image[:HEAD])])[0])
+    if pair_id == -1 and modality == "real":
+        pair_id = own_id
+    return Sample(key, image, caption, own_id if image_id == -1 else image_id, pair_id)
 
 
 @dataclass
@@ -115,10 +111,10 @@ class ShardReader:
         """Yields the samples of a shard."""
         seen = 0
         try:
-            for key, members, first in self._groups(url):
+            for key, members in self._groups(url):
                 seen += 1
                 try:
-                    sample = read_sample(key, members, self.modality, first, self.space)
+                    sample = read_sample(key, members, self.modality, self.space)
                 except DataError as error:
                     raise DataError(f"{url}: {error}") from error
                 except ValueError as error:  # no image or caption, not UTF-8, not a JSON object
@@ -146,11 +142,10 @@ class ShardReader:
         """Why nothing came; empty where no one knows."""
         return f" The last reason: {self.reasons[-1][1]}." if self.reasons else ""
 
-    def _groups(self, url: str) -> Iterator[tuple[str, dict[str, bytes], str]]:
-        """Yields keys with their members by kind, and the digest of the shard's first image."""
+    def _groups(self, url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Yields keys with their members by kind."""
         from webdataset import gopen
 
-        first = ""
         with gopen(url) as file, decompressed(file) as stream, open_tar(stream, "r|") as archive:
             named = ((read_name(member.name), member) for member in read_members(archive))
             for _, group in itertools.groupby(named, lambda one: one[0].group):
@@ -169,10 +164,7 @@ class ShardReader:
                             f"{url}: key {name.key!r} has two members .{name.suffix} or two images. Make keys unique."
                         )
                     members[name.kind] = data
-                    if name.kind == "image" and not first:
-                        first = digest_of(name.key, data)
-                for key, members in found.items():
-                    yield key, members, first
+                yield from found.items()
 
     def _tell(self, url: str, member: tarfile.TarInfo) -> None:
         """Says once of each kind of members that no sample uses them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pyarrow as pa
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gmail_lightning.datasets.ids import stable_ids
+from gmail_lightning.datasets.ids import running_numbers, stable_ids
 
 # Readers find here all that they need.
 from gmail_lightning.transforms.decode import ImageDecodeError as ImageDecodeError
@@ -193,19 +192,22 @@ def _twin(name: Any) -> str:
 
 
 def own_pair_ids(dataset: ImageTextDataset) -> np.ndarray:
-    """Returns a ``pair_id`` for each real row that has none, -1 for generated ones, shape (N,) int64.
+    """Returns a ``pair_id`` for each real row, -1 for generated ones, shape (N,) int64; what is generated inherits it.
 
-    It is the ``image_id``, and where several rows show one image a hash of it and their captions, wherever a row
-    stands. What is generated from a row inherits it.
+    It is a hash of ``image_id`` and captions, whichever rows are read beside it; where the captions are prompts, which
+    a recipe may choose anew, it is the ``image_id``. Rows that are equal in all are told apart by counting.
     """
     pair_id = np.where(dataset.modality == Modality.REAL, dataset.image_id, -1)
-    _, code, count = np.unique(dataset.image_id, return_inverse=True, return_counts=True)
-    seen: dict[tuple[Any, ...], int] = {}
-    for row in np.flatnonzero((pair_id != -1) & (count[code] > 1)).tolist():
-        name = (int(pair_id[row]), *dataset.captions(row))
-        seen[name] = seen.get(name, 0) + 1  # rows that are equal in all are told apart by counting
-        text = "\0".join(map(str, (*name, seen[name])))
-        pair_id[row] = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    real = np.flatnonzero(pair_id != -1)
+    if not dataset.captions_are_classes and len(real):
+        for texts, rows in dataset.caption_blocks():
+            start = np.flatnonzero(np.diff(rows, prepend=-1))
+            found, captions = rows[start], np.split(texts.to_numpy(zero_copy_only=False), start[1:])
+            names = ("\0".join((str(id_), *own)) for id_, own in zip(pair_id[found].tolist(), captions, strict=True))
+            pair_id[found] = np.where(pair_id[found] == -1, -1, stable_ids(names))
+    repeated = running_numbers(pair_id[real])
+    again = real[repeated > 0]
+    pair_id[again] = stable_ids(f"{id_}/{n}" for id_, n in zip(pair_id[again], repeated[repeated > 0], strict=True))
     return pair_id
 
 

@@ -49,14 +49,18 @@ def store_columns(rows: Sequence[tuple[ImageTextDataset, int]]) -> pa.Table:
     Raises:
         DataError: If an image is real in one row and generated in another.
     """
-    known = {id(dataset): dataset.file_ids() for dataset in {id(dataset): dataset for dataset, _ in rows}.values()}
-    stamps = np.concatenate([dataset.file_stamps(np.array([row])) for dataset, row in rows])
+    datasets = {id(dataset): dataset for dataset, _ in rows}
+    of, number = np.array([id(dataset) for dataset, _ in rows]), np.array([row for _, row in rows])
+    file_id, stamps = np.empty(len(rows), dtype=np.int64), np.empty((len(rows), 2), dtype=np.int64)
+    for name, dataset in datasets.items():
+        mine = of == name
+        file_id[mine], stamps[mine] = dataset.file_ids()[number[mine]], dataset.file_stamps(number[mine])
     table = pa.table(
         {
             "key": [dataset.sample_key(row) for dataset, row in rows],
             "modality": np.array([dataset.modality[row] for dataset, row in rows]),
             "image_id": np.array([dataset.image_id[row] for dataset, row in rows]),
-            "file_id": np.array([known[id(dataset)][row] for dataset, row in rows]),
+            "file_id": file_id,
             "size": stamps[:, 0],
             "changed": stamps[:, 1],
         }

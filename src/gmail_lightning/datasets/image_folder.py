@@ -43,7 +43,8 @@ class ClassImages(ImageTextDataset):
         self._files = files
         self.label = np.array(label, dtype=np.int64)
         self.modality = constant_modality(modality, len(files))
-        self.image_id = file_ids(self.root, files, space)
+        self._space = space
+        self.image_id = self.file_ids()
         self.pair_id = own_pair_ids(self)
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
@@ -53,7 +54,7 @@ class ClassImages(ImageTextDataset):
         return self.root / self._files[index]
 
     def file_ids(self) -> np.ndarray:  # noqa: D102
-        return file_ids(self.root, self._files)
+        return file_ids(self.root, self._files, self._space)
 
     def captions(self, index: int) -> list[str]:  # noqa: D102
         return [fill(template, self.class_names[self.label[index]]) for template in self.templates]

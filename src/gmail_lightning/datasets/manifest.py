@@ -119,7 +119,8 @@ class ManifestDataset(ImageTextDataset):
             self.modality = self._read_modality(columns["modality"])
         else:
             self.modality = constant_modality(modality, length)
-        self._set_ids(columns, space)
+        self._space = space
+        self._set_ids(columns)
         if "label" in columns:
             self._read_labels(columns["label"])
         if "weight" in columns:
@@ -131,28 +132,27 @@ class ManifestDataset(ImageTextDataset):
     def _holds_bytes(self) -> bool:
         return is_binary(self._image)
 
-    def _set_ids(self, columns: dict[str, pa.ChunkedArray], space: str) -> None:
+    def _set_ids(self, columns: dict[str, pa.ChunkedArray]) -> None:
         if self._holds_bytes:
             self._content = np.array([content_id(v.as_buffer()) for v in self._image])
             self._number = running_numbers(self._content)
         if "image_id" in columns:
-            self.image_id = self._ids("image_id", columns["image_id"], space)
+            self.image_id = self._ids("image_id", columns["image_id"])
             self._refuse(
                 pa.chunked_array([self.image_id == -1]), "image_id is empty. Fill it in, or leave the column out"
             )
         elif self._content is not None:
             self.image_id = self._content
         else:
-            values, codes = _codes(self._image)
-            self.image_id = file_ids(self.image_root, values.to_pylist(), space)[codes]
+            self.image_id = self.file_ids()
         if "pair_id" in columns:
-            self.pair_id = self._ids("pair_id", columns["pair_id"], space)
+            self.pair_id = self._ids("pair_id", columns["pair_id"])
         else:
             self.pair_id = own_pair_ids(self)
 
-    def _ids(self, name: str, column: pa.ChunkedArray, space: str = "") -> np.ndarray:
+    def _ids(self, name: str, column: pa.ChunkedArray) -> np.ndarray:
         try:
-            return id_column(column, space)
+            return id_column(column, self._space)
         except DataError as error:
             raise DataError(f"{self.path} {name}, {error}") from error
 
@@ -209,7 +209,7 @@ class ManifestDataset(ImageTextDataset):
         if self._content is not None:
             return self._content
         values, codes = _codes(self._image)
-        ids: np.ndarray = file_ids(self.image_root, values.to_pylist())[codes]
+        ids: np.ndarray = file_ids(self.image_root, values.to_pylist(), self._space)[codes]
         return ids
 
     def captions(self, index: int) -> list[str]:  # noqa: D102

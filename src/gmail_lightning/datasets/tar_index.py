@@ -21,9 +21,8 @@ import pyarrow.parquet as pq
 
 from gmail_lightning.cache import cache_folder
 from gmail_lightning.datasets.base import DataError
-from gmail_lightning.datasets.ids import id_text, stable_ids
+from gmail_lightning.datasets.ids import HEAD, id_text, stable_ids
 from gmail_lightning.datasets.tar_members import (
-    digest_of,
     name_is_text,
     of_no_use,
     open_tar,
@@ -44,7 +43,7 @@ SCHEMA = pa.schema(
         ("own_id", pa.int64()),
     ]
 )
-VERSION = 4  # of what an index says; one of another version is made anew
+VERSION = 5  # of what an index says; one of another version is made anew
 UNREADABLE = "unreadable text"
 
 Places = dict[str, tuple[int, int]]
@@ -102,12 +101,13 @@ def tar_index(tars: list[Path], described: bool) -> TarIndex:
 
 
 def index_tar(path: Path, described: bool = False) -> tuple[pa.Table, dict[str, int]]:
-    """Makes the rows of one tar, by one pass over its headers; of the images the first is read.
+    """Makes the rows of one tar, by one pass over its headers; of each image the head is read.
 
     Returns:
         A table of ``SCHEMA``, and how many members are of no use, by what they are.
     """
     columns: dict[str, list[Any]] = {name: [] for name in TEXTS.names}
+    names: list[str] = []
     beside = None if described else _parquet_beside(path)
     with path.open("rb") as file:
         members, unused = _members(path, file)
@@ -120,25 +120,16 @@ def index_tar(path: Path, described: bool = False) -> tuple[pa.Table, dict[str, 
             fields = {} if described else _fields(path, key, file.fileno(), found, beside is None)
             for name in FIELDS:
                 columns[name].append(fields.get(name))
-        images = {key: found["image"] for key, found in members.items() if "image" in found}
-        first = min(images, key=images.__getitem__, default="")
-        offset, size = images.get(first, (0, 0))
-        image = os.pread(file.fileno(), size, offset)
+            offset, size = found.get("image", (0, 0))
+            names.append(own_name(key, size, os.pread(file.fileno(), min(size, HEAD), offset)))
     table = pa.table(columns, schema=TEXTS)
     if beside is not None:
         table = _with_parquet(table, beside)
-    ids = _own_ids(image, first, table)
+    own_ids = np.append(stable_ids(names), np.full(len(table) - len(names), -1))  # those of the Parquet file alone
     try:
-        return table.append_column("own_id", pa.array(ids, pa.int64())).cast(SCHEMA), unused
+        return table.append_column("own_id", pa.array(own_ids, pa.int64())).cast(SCHEMA), unused
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: a clip_score is no number ({error}).") from error
-
-
-def _own_ids(image: bytes, first: str, table: pa.Table) -> np.ndarray:
-    """Ids of images without a stated one, wherever their tar lies."""
-    digest = digest_of(first, image)
-    rows = zip(table["key"].to_pylist(), table["image_size"].to_pylist(), strict=True)
-    return stable_ids(own_name(digest, key, size) for key, size in rows)
 
 
 def _members(path: Path, file: IO[bytes]) -> tuple[dict[str, Places], dict[str, int]]:

@@ -53,14 +53,9 @@ def of_no_use(name: str) -> str:
     return f"members {suffix}" if suffix else "members without a suffix"
 
 
-def digest_of(key: str, image: bytes) -> str:
-    """What a tar is known by: its first image, wherever the tar lies."""
-    return hashlib.blake2b(key.encode(errors="surrogateescape") + b"\0" + image, digest_size=8).hexdigest()
-
-
-def own_name(digest: str, key: str, size: int | None) -> str:
-    """What an image without a stated id is known by: its tar, its key, and the size of its file."""
-    return f"{digest}/{key}/{size}"
+def own_name(key: str, size: int, head: bytes) -> str:
+    """What an image without a stated id is known by, in whatever tar: its key, its size, its first ``HEAD`` bytes."""
+    return f"{hashlib.blake2b(head, digest_size=8).hexdigest()}/{key}/{size}"
 
 
 def name_is_text(name: str) -> bool:

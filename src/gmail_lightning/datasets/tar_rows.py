@@ -152,7 +152,7 @@ def webdataset_rows(tars: list[Path], space: str = "") -> TarRows:
     rows = {name: columns[name] for name in ("key", "caption", "clip_score")}
     own = stable_ids(f"{space}/{key}" for key in columns["key"].to_pylist()) if space else columns["own_id"].to_numpy()
     stated = id_column(index["image_id"], space)
-    rows |= {"image_id": pa.array(np.where(stated == -1, own, stated))}
+    rows |= {"image_id": pa.array(np.where(stated == -1, own, stated)), "own_id": pa.array(own)}
     rows |= {"pair_id": pa.array(id_column(index["pair_id"], space))}
     rows |= {"status": pc.if_else(succeeded, "ok", "failed"), "reason": columns["status"], "row": row}
     batch = _with_members(pa.RecordBatch.from_pydict(rows), pa.array(number), columns, row)

@@ -20,7 +20,6 @@ from gmail_lightning.datasets.base import (
     constant_modality,
     decode_image,
     one_line,
-    own_pair_ids,
 )
 from gmail_lightning.datasets.shards import MANIFEST, PLAN, RECIPE, SCHEMA
 from gmail_lightning.datasets.tar_files import find_tars, read_member
@@ -124,8 +123,6 @@ class TarShards(ImageTextDataset):
         if "rejected" in chosen.statuses:
             self.not_for_training = f"{self.path} is read with rejected images. Leave only 'ok' in Filter.statuses."
         self._take(rows.filter(pa.array(keep)), modality, source)
-        if not self.is_store and (self.pair_id == -1).all():
-            self.pair_id = own_pair_ids(self)
         self.split = rows["split"][int(np.argmax(keep))].as_py() if self.is_store else split
         if weight is not None:
             self.weight = self._weights(rows.filter(pa.array(keep))["clip_score"])
@@ -174,6 +171,9 @@ class TarShards(ImageTextDataset):
         else:
             raise DataError(f"{self.path}: there is no {MANIFEST}: say modality='real' or 'generated'.")
         generator = rows["generator"] if self.is_store and source is None else pa.repeat(source, len(rows))
+        if "own_id" in rows.schema.names:
+            alone = (self.pair_id == -1) & (self.modality == Modality.REAL)
+            self.pair_id = np.where(alone, rows["own_id"].to_numpy(), self.pair_id)
         names = pc.fill_null(generator.cast(pa.string()), "generated").dictionary_encode()
         self._sources = ["real", *names.dictionary.to_pylist()]
         self._source = np.where(self.modality == Modality.REAL, 0, names.indices.to_numpy() + 1)
