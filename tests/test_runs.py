@@ -18,6 +18,7 @@ import yaml
 from lightning.pytorch.trainer.states import TrainerFn
 
 from gmail_lightning import runs
+from gmail_lightning.callbacks import last_checkpoint
 from gmail_lightning.main import main, recipes_folder
 from gmail_lightning.runs import make_record, new_folder, run_of_job, run_to_resume, settings_of
 from gmail_lightning.tasks import AlignmentTask
@@ -392,3 +393,46 @@ def test_a_requeued_job_without_a_state_keeps_the_checkpoint_that_was_given(monk
     assert fit(f"--ckpt_path={given}", "--name=job", steps=4) == 0
     assert made("job") == [job]
     assert record(job)["checkpoint"] == str(given)
+
+
+def test_a_second_fit_in_a_job_starts_from_the_file_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert fit("--name=job") == 0
+    (first,) = made("job")
+    (first / "run.json").write_text(json.dumps({**record(first), "state": "failed"}))
+    given = first / "checkpoints/last.ckpt"
+    assert fit(f"--ckpt_path={given}", "--name=job") == 0
+    assert len(made("job")) == 2
+    assert record(first)["state"] == "failed"
+    assert fit("--name=job", "--trainer.fast_dev_run=true") == 0  # a trial goes on with nothing
+    assert record(first)["state"] == "failed"
+
+
+def test_two_processes_of_a_job_do_not_take_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_JOB_NAME", "align")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    plant(tmp_path / "r" / "a", job="5", state="failed")
+    assert run_of_job(tmp_path, {**WANTED, "job": "5"}) is not None
+    assert run_of_job(tmp_path, {**WANTED, "job": "5"}) is None
+
+
+def test_variables_of_another_launcher_do_not_make_one_process_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are left in the shell of a cluster; Lightning does not go by them either."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert fit() == 0
+
+
+def test_a_state_of_one_file_per_rank_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    path, part = tmp_path / "last.ckpt", tmp_path / "last.ckpt.part"
+    for text in ("first", "second"):
+        part.mkdir()
+        (part / "rank0").write_text(text)
+        last_checkpoint._rename(part, path, None)
+        assert (path / "rank0").read_text() == text
+        assert os.listdir(tmp_path) == ["last.ckpt"]
+    part.write_text("third")
+    with pytest.raises(OSError, match="disk"):
+        last_checkpoint._rename(part, path, OSError("disk full"))
+    assert os.listdir(tmp_path) == ["last.ckpt"]

@@ -164,7 +164,7 @@ class GmailCLI(LightningCLI):
         settings = settings_of(json.loads(self._dump(config, "json")), getattr(task, "evaluation_only", frozenset()))
         wanted = make_record(config.name, verb, settings, config.seed_everything, checkpoint)
         sought = wanted if self._seed_is_given else {**wanted, "seed": None}
-        found = run_of_job(runs, sought) if verb == "fit" else None
+        found = run_of_job(runs, sought) if verb == "fit" and not is_trial else None
         if found is None and checkpoint == "last":
             found = run_to_resume(runs, sought, takes=verb == "fit" and not is_trial)
         elif found is None and checkpoint and _is_missing_file(checkpoint):

@@ -124,7 +124,7 @@ def decided_once(decide: Callable[[], T], num_nodes: int = 1) -> T:
 def _place(num_nodes: int) -> tuple[int, int]:
     """Number of this process among those that were started side by side, and how many they are."""
     environment = os.environ
-    if "RANK" in environment and "WORLD_SIZE" in environment:  # torchrun
+    if dist.is_available() and dist.is_torchelastic_launched():  # as Lightning tells torchrun's processes
         return int(environment["RANK"]), int(environment["WORLD_SIZE"])
     if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment

@@ -234,20 +234,25 @@ def run_to_resume(runs: Path, wanted: Mapping[str, Any], takes: bool = True) -> 
 
 
 def run_of_job(runs: Path, wanted: Mapping[str, Any]) -> Found | None:
-    """The run that a requeued SLURM job was at, and its newest checkpoint, if there is one; None for no such run.
+    """The run that a SLURM job was at, now this process's own, and its newest checkpoint, if any; None for no such run.
 
     Args:
         runs: Folder below which runs are looked for.
-        wanted: Record of this run; a seed of None takes any.
+        wanted: Record of this run; a seed of None takes any. Where it starts from a file, only a requeued job goes on
+            with another.
     """
     job, requeued = wanted["job"], int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
     if job is None or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return None
+    if wanted["checkpoint"] not in (None, "last") and not requeued:
         return None
     for path, record in _fits(runs):
         if record["job"] != job or _difference(record, wanted) is not None:
             continue
         here = record["host"] == socket.gethostname()
         if (record["state"] == "done" and not requeued) or (here and is_running(path, record)):
+            continue
+        if not take(path):
             continue
         checkpoint = newest_state(path.parent)
         rank_zero_info(f"Job {job} goes on with {path.parent}, from {checkpoint or 'the beginning'}.")
@@ -257,7 +262,7 @@ def run_of_job(runs: Path, wanted: Mapping[str, Any]) -> Found | None:
 
 def newest_state(folder: Path) -> Path | None:
     """The newest state in the folder of a run: ``checkpoints/last.ckpt``, or what Lightning wrote to be requeued."""
-    found = [*folder.glob("checkpoints/last*.ckpt"), *folder.glob("hpc_ckpt_*.ckpt")]
+    found = [*folder.glob("checkpoints/last.ckpt"), *folder.glob("hpc_ckpt_*.ckpt")]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 

@@ -147,7 +147,7 @@ def decisions(rank):
     def refuse():
         raise ValueError(f"rank {rank} does not like it")
 
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1")
+    os.environ.update(TORCHELASTIC_RUN_ID="one", RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1")
     decided = [distributed.decided_once(lambda: {"folder": f"made by rank {rank}"})]
     try:
         distributed.decided_once(refuse)

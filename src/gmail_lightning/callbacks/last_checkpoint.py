@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -85,8 +86,19 @@ class LastCheckpoint(Checkpoint):
 
 def _rename(part: Path, path: Path, fault: Exception | None) -> None:
     if fault is not None:
-        part.unlink(missing_ok=True)
+        _remove(part)
         raise fault
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
+    before = path.with_suffix(".ckpt.before")
+    if part.is_dir():  # one file per rank, as of FSDP: a folder is not put in the place of another in one step
+        _remove(before)
+        if path.exists():
+            path.replace(before)
+    else:
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
     part.replace(path)
+    _remove(before)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
