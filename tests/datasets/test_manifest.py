@@ -283,3 +283,48 @@ def test_half_of_a_character_and_the_text_none(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     data = ManifestDataset(path, modality="real")
     assert [data.question(n) for n in range(3)] == ["none", "7", ""]
+
+
+@pytest.mark.parametrize(
+    ("text", "captions"),
+    [
+        ('image,caption\na.jpg,"two cats,\non a mat, in the sun"\nb.jpg,x\n', ["two cats, on a mat, in the sun", "x"]),
+        ('image,caption\na.jpg,"see b.jpg\nand c.jpg"\n', ["see b.jpg and c.jpg"]),
+        ("image,caption\na.jpg,['80s photo] of a mall [flash]\n", ["['80s photo] of a mall [flash]"]),
+        ('image,caption\na,"x\nb,y"\nc,z\n', "line 2: a quote opens there and closes in line 3"),
+        ('image,pair_id,caption\n0001,3,"a 5\n0002,4,a 6"\n', "line 2: a quote opens there and closes in line 3"),
+    ],
+)  # fmt: skip
+def test_lines_within_quotes_are_a_text_or_rows(tmp_path: Path, text: str, captions: list[str] | str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    if isinstance(captions, str):
+        with pytest.raises(DataError, match=captions):
+            ManifestDataset(path, modality="real")
+    else:
+        data = ManifestDataset(path, modality="real")
+        assert [data.captions(row)[0] for row in range(len(data))] == captions
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.list_(pa.string()), pa.large_list(pa.string()),
+     pa.list_(pa.string(), 1), pa.list_(pa.string_view()), pa.dictionary(pa.int32(), pa.string())],
+    ids=str,
+)  # fmt: skip
+def test_captions_of_every_type_that_arrow_has_for_texts(tmp_path: Path, kind: pa.DataType) -> None:
+    values = ["a cat", "a dog"]
+    if hasattr(kind, "value_field"):
+        values = [[text] for text in values]
+    columns = {"image": ["1.jpg", "2.jpg"], "caption": pa.array(values, kind)}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    data = ManifestDataset(tmp_path / "rows.parquet", modality="real")
+    assert [data.captions(row) for row in range(2)] == [["a cat"], ["a dog"]]
+
+
+@pytest.mark.parametrize("name", ["image_id", "pair_id", "label"])
+def test_an_id_is_no_list(tmp_path: Path, name: str) -> None:
+    columns = {"image": ["1.jpg"], "caption": ["a cat"], name: pa.array([[1]])}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=rf"column {name} cannot be list.*one integer or text"):
+        ManifestDataset(tmp_path / "rows.parquet", modality="real")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import lzma
 import tarfile
@@ -16,11 +15,13 @@ from gmail_lightning.datasets.ids import HEAD, id_number, stable_ids
 from gmail_lightning.datasets.tar_index import read_record
 from gmail_lightning.datasets.tar_members import (
     decompressed,
+    may_belong,
     of_no_use,
     open_tar,
     own_name,
     read_members,
     read_name,
+    sample_beside,
 )
 
 UNREADABLE = (
@@ -147,28 +148,36 @@ class ShardReader:
         from webdataset import gopen
 
         with gopen(url) as file, decompressed(file) as stream, open_tar(stream, "r|") as archive:
-            named = ((read_name(member.name), member) for member in read_members(archive))
-            for _, group in itertools.groupby(named, lambda one: one[0].group):
-                found: dict[str, dict[str, bytes]] = {}
-                for name, member in group:
-                    if not name.kind or not member.isreg():
-                        self._tell(url, member)
-                        continue
-                    content: Any = archive.extractfile(member)
-                    data = content.read()
-                    if len(data) < member.size:
-                        raise tarfile.ReadError(f"it ends within {member.name}")
-                    members = found.setdefault(name.key, {})
-                    if name.kind in members:
-                        raise DataError(
-                            f"{url}: key {name.key!r} has two members .{name.suffix} or two images. Make keys unique."
-                        )
-                    members[name.kind] = data
-                yield from found.items()
+            found: dict[str, dict[str, bytes]] = {}  # by key, of a run of members whose keys are related
+            for member in read_members(archive):
+                name = read_name(member.name)
+                if not name.kind or not member.isreg():
+                    self._tell(url, of_no_use(member.name) if member.isreg() else "links", member.name)
+                    continue
+                if found and not may_belong(name.key, found):
+                    yield from self._samples(url, found)
+                    found = {}
+                content: Any = archive.extractfile(member)
+                data = content.read()
+                if len(data) < member.size:
+                    raise tarfile.ReadError(f"it ends within {member.name}")
+                members = found.setdefault(name.key, {})
+                if name.kind in members:
+                    raise DataError(
+                        f"{url}: key {name.key!r} has two members .{name.suffix} or two images. Make keys unique."
+                    )
+                members[name.kind] = data
+            yield from self._samples(url, found)
 
-    def _tell(self, url: str, member: tarfile.TarInfo) -> None:
+    def _samples(self, url: str, found: dict[str, dict[str, bytes]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+        for key, members in found.items():
+            if (beside := sample_beside(key, found)) is None:
+                yield key, members
+            else:
+                self._tell(url, f"single members {key[len(beside) :]}.*", key)
+
+    def _tell(self, url: str, kind: str, name: str) -> None:
         """Says once of each kind of members that no sample uses them."""
-        kind = of_no_use(member.name) if member.isreg() else "links"
         if kind not in self._named:
             self._named.add(kind)
-            logger.warning("%s: %s, such as %s, are of no use and are passed over.", url, kind, member.name)
+            logger.warning("%s: %s, such as %s, are of no use and are passed over.", url, kind, name)

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gmail_lightning.datasets.base import DataError
-from gmail_lightning.datasets.ids import id_text, is_image_name
+from gmail_lightning.datasets.ids import id_text
 from gmail_lightning.datasets.parsed import read_once
 
 Kind = Callable[[pa.ChunkedArray], pa.ChunkedArray]  # gives a column its type
@@ -25,6 +25,7 @@ QUOTES = (
     "Put double quotes around texts that hold a separator, a quote or a line break, and double the quotes within; "
     "JSONL needs none of this."
 )
+LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
 FOUND = b"gmail_lightning.found"  # the names of all columns of the file
 ROWS_AT_ONCE = 65536  # of a text file, turned into Arrow columns together: never a list of all rows
 
@@ -38,6 +39,8 @@ def texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Values for :func:`~gmail_lightning.datasets.ids.id_column`, as they are."""
+    if pa.types.is_nested(column.type):
+        raise pa.ArrowInvalid("an id is one integer or text")
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
@@ -63,9 +66,9 @@ def is_binary(column: pa.ChunkedArray) -> bool:
 def text_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Texts become lists of one text; a list that was written as text becomes a list again."""
     kind = column.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    is_list = isinstance(kind, LISTS)
     value = kind.value_type if is_list or pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_null(value)):
+    if value not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
         raise pa.ArrowInvalid(f"its values are {value}, and no texts")
     if is_list:
         return column.cast(pa.list_(pa.string()))
@@ -83,7 +86,7 @@ def text_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _written_list(text: str) -> list[str]:
     """The texts of a list that JSON or Python wrote into one field; any other text alone."""
     written = text.strip()
-    if not re.match(r"""\[\s*["']""", written) or not written.endswith("]"):
+    if not re.fullmatch(r"""\[\s*["'].*["']\s*\]""", written, re.DOTALL):
         return [text]
     for read in (json.loads, ast.literal_eval):
         try:
@@ -187,8 +190,11 @@ def _csv_records(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
                     raise DataError(
                         f"{path} line {start}: {len(fields)} fields, but the header has {len(header)}. {QUOTES}"
                     )
-                if reader.line_num > start:
-                    _refuse_swallowed(path, start, reader.line_num, fields, delimiter)
+                if reader.line_num > start and _swallows(fields, delimiter):
+                    raise DataError(
+                        f"{path} line {start}: a quote opens there and closes in line {reader.line_num}, and what is "
+                        f"between looks like rows, which would be lost. {QUOTES}"
+                    )
                 if fields:
                     yield dict(zip(header, fields, strict=True))
                 start = reader.line_num + 1
@@ -212,16 +218,16 @@ def refuse_twice(path: Path, names: list[str]) -> None:
         )
 
 
-def _refuse_swallowed(path: Path, first: int, last: int, fields: list[str], delimiter: str) -> None:
-    """Refuses a quoted text of several lines that holds whole rows: its quote was opened by mistake."""
-    for text in fields:
-        for line in text.split("\n")[1:]:
-            parts = line.split(delimiter)
-            if len(parts) >= len(fields) > 1 and (delimiter == "\t" or any(map(is_image_name, parts))):
-                raise DataError(
-                    f"{path} line {first}: a quote opens there and closes in line {last}, so that the rows between "
-                    f"would be lost. {QUOTES}"
-                )
+def _swallows(fields: list[str], delimiter: str) -> bool:
+    """Whether a text of several lines holds what looks like rows, so that its quote was opened by mistake.
+
+    Such a line has as many fields as the row, and single words where the row has them, as names of files are.
+    """
+    words = [i for i, field in enumerate(fields) if len(field.split()) == 1]
+    lines = (line.split(delimiter) for text in fields for line in text.split("\n")[1:])
+    return len(fields) > 1 and any(
+        len(parts) >= len(fields) and all(len(parts[i].split()) == 1 for i in words) for parts in lines
+    )
 
 
 def _gather(

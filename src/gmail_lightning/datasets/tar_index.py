@@ -29,6 +29,7 @@ from gmail_lightning.datasets.tar_members import (
     own_name,
     read_members,
     read_name,
+    sample_beside,
 )
 
 INDEX = "index.parquet"
@@ -43,7 +44,7 @@ SCHEMA = pa.schema(
         ("own_id", pa.int64()),
     ]
 )
-VERSION = 5  # of what an index says; one of another version is made anew
+VERSION = 6  # of what an index says; one of another version is made anew
 UNREADABLE = "unreadable text"
 
 Places = dict[str, tuple[int, int]]
@@ -135,6 +136,7 @@ def index_tar(path: Path, described: bool = False) -> tuple[pa.Table, dict[str, 
 def _members(path: Path, file: IO[bytes]) -> tuple[dict[str, Places], dict[str, int]]:
     """Offset and size of the image, the text and the record of each key, and how many members are of no use."""
     members: dict[str, Places] = {}
+    suffixes: dict[str, str] = {}
     unused: Counter[str] = Counter()
     try:
         with open_tar(file, "r:") as archive:
@@ -150,12 +152,15 @@ def _members(path: Path, file: IO[bytes]) -> tuple[dict[str, Places], dict[str, 
                         f"{path}: key {name.key!r} has two members .{name.suffix} or two images. Make keys unique."
                     )
                 found[name.kind] = (member.offset_data, member.size)
+                suffixes[name.key] = name.suffix
     except tarfile.ReadError as error:
         fault = f"{path}: not a whole uncompressed tar"
         if members:
             fault = f"{path} is cut short or damaged after key {next(reversed(members))!r}"
         raise DataError(f"{fault} ({error}). Fetch or make it again.") from error
-    return members, dict(unused)
+    besides = {key: beside for key in members if (beside := sample_beside(key, members)) is not None}
+    unused.update(f"members {key[len(beside) :]}.{suffixes[key]}" for key, beside in besides.items())
+    return {key: found for key, found in members.items() if key not in besides}, dict(unused)
 
 
 def _refuse_member(path: Path, member: tarfile.TarInfo) -> None:

@@ -10,7 +10,7 @@ import lzma
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, NamedTuple, cast
 
 from gmail_lightning.datasets.ids import is_image_name
@@ -24,13 +24,11 @@ class Name(NamedTuple):
     Attributes:
         key: The name up to its last dot, which all members of a sample share.
         kind: ``image``, ``txt`` or ``json``; empty where the member is of no use.
-        group: The name up to the first dot of its last part: members of a sample follow one another within it.
         suffix: What follows the last dot, in lower case.
     """
 
     key: str
     kind: str
-    group: str
     suffix: str
 
 
@@ -41,7 +39,36 @@ def read_name(name: str) -> Name:
     stem, suffix = os.path.splitext(last)
     suffix = suffix[1:].lower()
     kind = "image" if is_image_name(last) else suffix if suffix in TEXTS and not last.startswith(".") else ""
-    return Name(folder + slash + stem, kind, folder + slash + last.partition(".")[0], suffix)
+    return Name(folder + slash + stem, kind, suffix)
+
+
+def may_belong(key: str, found: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a member of ``key`` may be of a sample with those that came before, or lie beside it.
+
+    Args:
+        key: Of the member.
+        found: The members before it by key and kind.
+    """
+    shortest = min(found, key=len)
+    if key == shortest or key.startswith(f"{shortest}.") or shortest.startswith(f"{key}."):
+        return True
+    alone = all(len(members) == 1 for members in found.values())  # a.depth.png and a.edge.png, and a.png may follow
+    return alone and key.rpartition(".")[0] == shortest.rpartition(".")[0] != ""
+
+
+def sample_beside(key: str, found: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Returns the key of the sample that a single member lies beside, as ``a.mask.png`` beside ``a.png``.
+
+    Args:
+        key: Of the member.
+        found: The members of each key by kind.
+    """
+    beside = key
+    while len(found[key]) == 1 and "." in beside.rpartition("/")[2]:
+        beside = beside.rpartition(".")[0]
+        if "image" in found.get(beside, ()):
+            return beside
+    return None
 
 
 def of_no_use(name: str) -> str:
