@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
 from gmail_lightning import runs
 from gmail_lightning.callbacks import last_checkpoint
@@ -436,3 +438,25 @@ def test_a_state_of_one_file_per_rank_takes_the_place_of_the_one_before(tmp_path
     with pytest.raises(OSError, match="disk"):
         last_checkpoint._rename(part, path, OSError("disk full"))
     assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_the_last_state_knows_of_the_validation_at_its_step(tmp_path: Path) -> None:
+    """The state of the last step is saved within the epoch, and once more when its validation is over."""
+    seen = []
+
+    class Validated(Callback):
+        state_key = "validated"
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"validations": len(seen)}
+
+        def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            seen.append(trainer.global_step)
+
+    callbacks = [Validated(), last_checkpoint.LastCheckpoint()]
+    settings = {"val_check_interval": 2, "num_sanity_val_steps": 0, "enable_checkpointing": True}
+    trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=callbacks, **settings)
+    trainer.fit(AlignmentTask(tiny_encoder(), rank=2), emoji_data(mode="paired"))
+    assert seen == [2]
+    state = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert (state["global_step"], state["callbacks"]["validated"]) == (2, {"validations": 1})

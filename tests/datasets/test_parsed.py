@@ -69,6 +69,10 @@ def test_large_files_are_parsed_once_on_a_machine(
     assert reads == [path, path]
     karpathy(path, "one dog")
     assert CocoCaptions(path, tmp_path, split="val").captions(0) == ["one dog 1"]
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    karpathy(path, "two dog")  # of the same size
+    os.utime(path, ns=times)
+    assert CocoCaptions(path, tmp_path, split="val").captions(0) == ["two dog 1"]
     assert len(list((tmp_path / "cache").glob("annotations-*.arrow"))) == 1  # the new rows replace the old
 
 

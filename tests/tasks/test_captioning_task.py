@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 from torch.nn import functional as F
 
@@ -15,7 +16,8 @@ from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset, FeatureStore
 from gmail_lightning.metrics.java_tools import JavaError
 from gmail_lightning.models import ClipCap, Llava
-from gmail_lightning.tasks import CaptioningTask, EmbeddingTask
+from gmail_lightning.models.fingerprint import frozen_weights, weights_difference
+from gmail_lightning.tasks import CaptioningTask, EmbeddingTask, captioning
 from gmail_lightning.types import Modality
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
@@ -266,6 +268,24 @@ def test_a_checkpoint_is_refused_by_another_captioner(tmp_path: Path) -> None:
         made(second).on_load_checkpoint(content)
     with pytest.raises(MisconfigurationException, match="trained with normalize_prefix=False, and here it is True"):
         made(first, normalize_prefix=True).on_load_checkpoint(content)
+
+
+def test_the_frozen_language_model_is_looked_at_once_per_run_and_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, original = [], captioning.frozen_weights
+    monkeypatch.setattr(captioning, "frozen_weights", lambda module: calls.append(1) or original(module))
+    path = saved_language_model(tmp_path / "lm", 0)
+    made = task(captioner=captioner(language_model=path, tokenizer=None, tune_language_model=False))
+    settings = {"enable_checkpointing": True, "limit_val_batches": 0}
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    quiet_trainer(tmp_path, max_steps=3, callbacks=[saves], **settings).fit(made, emoji_data())
+    assert (len(list(tmp_path.glob("*.ckpt"))), len(calls)) == (3, 1)
+    before = frozen_weights(made.captioner)
+    name = next(name for name, p in made.captioner.named_parameters() if not p.requires_grad)
+    with torch.no_grad():
+        made.captioner.get_parameter(name).view(-1)[-1] += 10.0  # the last entry counts
+    assert weights_difference(before, frozen_weights(made.captioner)) is not None
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def read_once(path: Path, part: str, parse: Callable[[], pa.Table], keep: bool =
     """Returns the rows that ``parse`` makes of a file, or made of it since the file changed last.
 
     Args:
-        path: The file; its size and its time of change are compared.
+        path: The file; its size, its times of change and its number on the disk are compared.
         part: What of the file the rows are, and in which form.
         parse: Reads the file.
         keep: Whether the rows of a large file are kept on disk.
@@ -34,6 +34,7 @@ def read_once(path: Path, part: str, parse: Callable[[], pa.Table], keep: bool =
         raise DataError(f"{path}: no such annotation file. Check the path.")
     status = path.stat()
     stamp = f"{VERSION} {path.resolve()} {part} {status.st_size} {status.st_mtime_ns}"
+    stamp += f" {status.st_ctime_ns} {status.st_ino}"  # of another file whose time of change was set
     table = _shared.get(stamp)
     if table is None:
         table = parse() if not keep or status.st_size < LARGE else _kept(f"{path.resolve()} {part}", stamp, parse)

@@ -86,15 +86,14 @@ def _waves() -> Tensor:
     return (frequencies[:, None] * torch.arange(PERIOD)).cos().float()
 
 
-def frozen_weights(module: nn.Module, size: int = 2**22) -> dict[str, list[float]]:
+def frozen_weights(module: nn.Module) -> dict[str, list[float]]:
     """``tensor_statistics`` of the parameters that do not train: what a checkpoint without them leans on.
 
     Args:
         module: A part of a task that is no encoder, such as a language model.
-        size: At most so many entries of each.
     """
     frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-    return tensor_statistics({name: p.detach().flatten()[:size] for name, p in plain_names(frozen).items()})
+    return tensor_statistics(plain_names(frozen))
 
 
 def fixed_image(encoder: ImageEncoder) -> Tensor:

@@ -113,6 +113,7 @@ class CaptioningTask(BaseTask):
         self.score_names, self.min_unique_captions = list(metrics), min_unique_captions
         self.java_timeout, self.train_adapters = java_timeout, train_adapters
         self.num_beams, self.max_new_tokens, self.length_penalty = num_beams, max_new_tokens, length_penalty
+        self._frozen: tuple[frozenset[str], dict[str, list[float]]] | None = None  # names, and what they hold
         self._accumulated = TokenMean()
         #: Captions of the last evaluation batch, one per row: what the callbacks show.
         self.captions: list[str] = []
@@ -149,6 +150,11 @@ class CaptioningTask(BaseTask):
         """Pixels; the captioner splits the captions into tokens itself."""
         texts = {} if self.text_noise is None else {"text": self.encoder.text_spec}
         return InputSpec(image=self.encoder.image_spec, texts=texts)
+
+    def setup(self, stage: str) -> None:
+        """Forgets what an earlier run found of the frozen captioner."""
+        super().setup(stage)
+        self._frozen = None
 
     def on_fit_start(self) -> None:
         """Switches the captioner's dropout on: models of Hugging Face come in eval mode, and Lightning keeps modes."""
@@ -266,12 +272,19 @@ class CaptioningTask(BaseTask):
                         "images: train longer, at another rate, or with a warm-up."
                     )
 
+    def _frozen_captioner(self) -> dict[str, list[float]]:
+        """What the captioner has frozen and the checkpoint leans on; computed once, it does not change."""
+        names = frozenset(name for name, p in self.captioner.named_parameters() if not p.requires_grad)
+        if self._frozen is None or self._frozen[0] != names:
+            self._frozen = names, frozen_weights(self.captioner)
+        return self._frozen[1]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what writing depends on and the trained tensors do not show, and frees it from the files begun with."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["captioner"] = {
             "settings": self.captioner.describe(),
-            "frozen": frozen_weights(self.captioner),
+            "frozen": self._frozen_captioner(),
             "initial_files": list(self.captioner.initial_files),
         }
         settings = checkpoint.get("hyper_parameters", {})
@@ -291,7 +304,7 @@ class CaptioningTask(BaseTask):
                     f"The captioner of the checkpoint was trained with {name}={value!r}, and here it is "
                     f"{here.get(name)!r}. Give the setting that it was trained with."
                 )
-        difference = weights_difference(recorded["frozen"], frozen_weights(self.captioner))
+        difference = weights_difference(recorded["frozen"], self._frozen_captioner())
         if difference is not None:
             raise MisconfigurationException(
                 f"The checkpoint was trained on another frozen language model: {difference}. Give that one."
