@@ -80,8 +80,8 @@ class ImageFolder(ClassImages):
             the folders' names, with spaces for underscores.
         templates: The prompts, one or several with ``{}`` for the class, or the name of a published set of them, such
             as ``imagenet`` (:func:`~gmail_lightning.transforms.text.prompt_templates`).
-        space: With a name, images are known by it and by their paths below ``root``, otherwise by the name of the file
-            and the first image of its folder (:mod:`gmail_lightning.datasets.ids`).
+        space: With a name, images are known by it and by their paths below ``root``, otherwise by name and size of the
+            file and the first image of its folder (:mod:`gmail_lightning.datasets.ids`).
 
     Raises:
         DataError: If there is no such folder, no class folder, a class without images, a folder without a name, or one

@@ -42,10 +42,10 @@ class TarShards(ImageTextDataset):
     come from the manifest. Any other is read as img2dataset leaves it: ``{key}.jpg`` (png, webp, ...), ``{key}.txt``,
     ``{key}.json``. There the caption is the text or else ``caption`` of the record; ``image_id``, ``pair_id``,
     ``clip_score`` and ``status`` come from the Parquet file beside the tar, else from the records. An image without
-    an id is known by its key and the first image of its tar, wherever that lies; where real rows state no pair, each
-    has one of its own, which what is generated from it inherits. What was not downloaded is left out. A key ends at
-    the last dot of a member's name. Archives that are joined end to end are read to the end. Tars of a store are
-    refused without their manifest.
+    an id is known by its key, its size and its first bytes, in whatever tar it lies; a real row that states no pair has
+    one of its own by its key, which what is generated from it inherits. What was not downloaded is left out. A key
+    ends at the last dot of a member's name. Archives that are joined end to end are read to the end. Tars of a store
+    are refused without their manifest.
 
     The index is ``index.parquet`` in the folder, or, where that cannot be written, a file in the folder that
     ``GMAIL_LIGHTNING_CACHE`` names, by default in the user's cache. A tar that has changed is indexed again. Columns
