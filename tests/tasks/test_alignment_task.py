@@ -218,5 +218,5 @@ def test_a_batch_that_is_not_made_of_pairs_is_refused(batch: ImageTextBatch) -> 
     shifted = {**batch, "pair_id": batch["pair_id"].flip(0)[[1, 2, 3, 4, 5, 6, 7, 0]]}
     unpaired = {**batch, "pair_id": torch.full((8,), -1)}  # a mixture of sets that know no pairs
     for wrong in (shifted, unpaired):
-        with pytest.raises(ValueError, match="mode='paired'"):
+        with pytest.raises(MisconfigurationException, match="mode='paired'"):
             task().compute_losses(wrong)

@@ -46,12 +46,14 @@ def paired_rows(batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
     """Masks (B,) of the generated and the real rows of a batch of pairs, pair by pair in the same order.
 
     Raises:
-        ValueError: If the batch is not made of pairs.
+        MisconfigurationException: If the batch is not made of pairs.
     """
     generated = batch["modality"] == Modality.GENERATED
     pair_id = batch["pair_id"]
     if (pair_id < 0).any() or not torch.equal(pair_id[generated], pair_id[~generated]):
-        raise ValueError("The batch is not made of pairs: use MixedModalityDataModule(mode='paired').")
+        raise MisconfigurationException(
+            "The batch is not made of pairs, as this task needs: say mode='paired' for MixedModalityDataModule."
+        )
     return generated, ~generated
 
 
