@@ -224,3 +224,21 @@ def compare_captioners(one, first, second) -> None:
     assert first["results"] == second["results"] == pytest.approx(one["results"], abs=1e-6)
     assert one["results"].keys() >= {"Bleu_4", "ROUGE_L", "CIDEr", "unique_captions", "mean_length", "generated_CIDEr"}
     assert all(one["results"][name] > 0.01 for name in ("Bleu_1", "CIDEr", "generated_Bleu_1", "generated_CIDEr"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "num_nodes", "place"),
+    [
+        ({}, 1, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, 1, (0, 1)),  # left over in a shell
+        ({"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "WORLD_SIZE": "2"}, 1, (1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, 2, (1, 2)),  # Kubeflow
+        ({"NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, 2, (1, 2)),
+    ],
+)
+def test_the_place_of_a_process(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], num_nodes: int, place: tuple[int, int]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._place(num_nodes) == place

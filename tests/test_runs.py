@@ -300,7 +300,8 @@ def test_which_run_may_go_on(tmp_path: Path, changes: dict, age: float, reason: 
 @pytest.mark.parametrize(
     ("changes", "restarts", "name", "found"),
     [
-        ({"job": "5", "state": "running", "host": "elsewhere"}, "", "align", True),
+        ({"job": "5", "state": "running", "host": "elsewhere"}, "1", "align", True),
+        ({"job": "5", "state": "running", "host": "elsewhere"}, "", "align", False),  # on another node of the job
         ({"job": "5", "state": "failed"}, "1", "align", True),
         ({"job": "5", "state": "done"}, "1", "align", True),
         ({"job": "5", "state": "done"}, "", "align", False),  # the same command once more in the same job
@@ -424,6 +425,33 @@ def test_variables_of_another_launcher_do_not_make_one_process_wait(monkeypatch:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert fit() == 0
+
+
+def test_a_kill_between_two_folders_of_states_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints"
+    path, part = folder / "last.ckpt", folder / "last.ckpt.part"
+    for state in (path, part):
+        state.mkdir(parents=True)
+    rename = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if self == part:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        last_checkpoint._rename(part, path, None)
+    monkeypatch.undo()
+    assert runs.newest_state(tmp_path) == folder / "last.ckpt.before"
+    last_checkpoint._rename(part, path, None)
+    assert runs.newest_state(tmp_path) == path
+    part.write_text("whole")  # in place of a folder
+    last_checkpoint._rename(part, path, None)
+    assert path.read_text() == "whole"
+    assert os.listdir(folder) == ["last.ckpt"]
 
 
 def test_a_state_of_one_file_per_rank_takes_the_place_of_the_one_before(tmp_path: Path) -> None:

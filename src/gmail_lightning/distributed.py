@@ -133,6 +133,8 @@ def _place(num_nodes: int) -> tuple[int, int]:
             slurm = SLURMEnvironment()
             _ = slurm.main_address, slurm.main_port  # each sets its variable, as Lightning will
             return slurm.global_rank(), slurm.world_size()
+    if num_nodes > 1 and {"RANK", "WORLD_SIZE"} <= environment.keys():  # of nodes, as Kubeflow starts them
+        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
     if num_nodes > 1 and {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         return int(environment["NODE_RANK"]), num_nodes
     return 0, 1

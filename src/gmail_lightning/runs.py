@@ -249,8 +249,8 @@ def run_of_job(runs: Path, wanted: Mapping[str, Any]) -> Found | None:
     for path, record in _fits(runs):
         if record["job"] != job or _difference(record, wanted) is not None:
             continue
-        here = record["host"] == socket.gethostname()
-        if (record["state"] == "done" and not requeued) or (here and is_running(path, record)):
+        here = record["host"] == socket.gethostname()  # a requeued job is over on the host that it was on
+        if (record["state"] == "done" and not requeued) or (is_running(path, record) and (here or not requeued)):
             continue
         if not take(path):
             continue
@@ -261,8 +261,12 @@ def run_of_job(runs: Path, wanted: Mapping[str, Any]) -> Found | None:
 
 
 def newest_state(folder: Path) -> Path | None:
-    """The newest state in the folder of a run: ``checkpoints/last.ckpt``, or what Lightning wrote to be requeued."""
-    found = [*folder.glob("checkpoints/last.ckpt"), *folder.glob("hpc_ckpt_*.ckpt")]
+    """The newest state in the folder of a run: ``checkpoints/last.ckpt``, or what Lightning wrote to be requeued.
+
+    A process that is killed while it puts one folder of states in the place of another leaves the one before.
+    """
+    found = [*folder.glob("hpc_ckpt_*.ckpt")]
+    found += [*folder.glob("checkpoints/last.ckpt")] or [*folder.glob("checkpoints/last.ckpt.before")]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 

@@ -184,10 +184,16 @@ def test_folders_that_only_begin_alike(tmp_path: Path) -> None:
     for name, grey in (("a", 10), ("b", 20)):
         Image.new("L", (8, 6), grey).save(tmp_path / name / "2.bmp")
     assert len(set(file_ids(tmp_path, ["a/2.bmp", "b/2.bmp"]).tolist())) == 2  # of one size, but small
-    for name, grey in (("a", 10), ("b", 20)):
-        Image.new("L", (80, 60), grey).save(tmp_path / name / "2.bmp")
-    with pytest.raises(DataError, match=r"begin with the same image, but 2\.bmp, of equal size, differs"):
-        file_ids(tmp_path, ["a/2.bmp", "b/2.bmp"])
+    for name, grey in (("a", 10), ("b", 20), ("d", 30)):
+        picture = Image.new("L", (300, 300))
+        picture.paste(grey, (0, 100, 300, 200))  # as a film with bars above and below: of one size, and of one head
+        draw(tmp_path / name / "0.png", 0)
+        picture.save(tmp_path / name / "2.bmp")
+    assert len(set(file_ids(tmp_path, ["a/2.bmp", "b/2.bmp", "d/2.bmp"]).tolist())) == 3
+    before = file_ids(tmp_path, ["b/2.bmp"])
+    draw(tmp_path / "b" / "-.png", 0)  # before all others
+    shutil.copytree(tmp_path / "b", tmp_path / "e", ignore=lambda *_: ["0.png"])
+    assert file_ids(tmp_path, ["b/2.bmp", "e/2.bmp"]).tolist() == [before, before]
     assert len({*file_ids(tmp_path / "a", ["2.bmp"], "a"), *file_ids(tmp_path / "b", ["2.bmp"], "b")}) == 2
 
 
@@ -238,6 +244,19 @@ def test_a_pair_does_not_depend_on_the_rows_beside_it(tmp_path: Path, kind: str)
     assert len(set(whole.tolist())) == 5
     for rows in ([0], [1], [2], [4], [2, 1, 0], [1, 4]):
         assert read(rows).pair_id.tolist() == whole[rows].tolist()
+
+
+def test_a_pair_depends_on_the_question_and_not_on_white_space(tmp_path: Path) -> None:
+    asked = [{"image": "1.png", "caption": "yes", "question": text} for text in ("Is it red?", "Is it big?")]
+    both = ManifestDataset(jsonl(tmp_path / "a.jsonl", asked), modality="real").pair_id.tolist()
+    assert ManifestDataset(jsonl(tmp_path / "b.jsonl", asked[1:]), modality="real").pair_id.tolist() == both[1:]
+    assert len(set(both)) == 2
+    rows = [{"image": f"{i}.png", "caption": text} for i, text in ((1, "a  cup"), (2, "a jug"))]
+    tidy = [{"image": f"{i}.png", "caption": text} for i, text in ((1, "a cup\n"), (2, "a jug"))]
+    found = [
+        ManifestDataset(jsonl(tmp_path / f"{n}.jsonl", each), modality="real") for n, each in enumerate((rows, tidy))
+    ]
+    assert found[0].pair_id.tolist() == found[1].pair_id.tolist()
 
 
 def test_bytes_go_by_their_content(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from recorder import SPEC
 from tar_fixtures import png, sample, store_row, write_store, write_tar
 
@@ -79,7 +80,7 @@ NAMES: dict[str, tuple[Members, dict[str, str], list[str]]] = {
     "compound": (
         [("a.png", png(0)), ("a.seg.png", png(1)), ("a.txt", b"caption 0"), *pair("b", 2)],
         {"a": "0", "b": "2"},
-        ["members .seg."],
+        ["members .seg beside a sample"],
     ),
     "compound, sorted by what follows": (
         [
@@ -87,7 +88,20 @@ NAMES: dict[str, tuple[Members, dict[str, str], list[str]]] = {
             ("x/a.b/v1.2.txt", b"caption 0"), *pair("x/a.b/v1.3", 2),
         ],
         {"x/a.b/v1.2": "0", "x/a.b/v1.3": "2"},
-        ["members .depth.", "members .meta."],
+        ["members .depth beside a sample", "members .meta beside a sample"],
+    ),
+    "interleaved": (
+        [
+            ("x.aa.png", png(0)), ("x.bb.png", png(1)), ("x.aa.txt", b"caption 0"), ("x.bb.txt", b"caption 1"),
+            ("x.cc.txt", b"caption 2"), ("x.dd.txt", b"caption 3"), ("x.cc.png", png(2)), ("x.dd.png", png(3)),
+        ],
+        {"x.aa": "0", "x.bb": "1", "x.cc": "2", "x.dd": "3"},
+        [],
+    ),
+    "masks at the end": (
+        [*pair("a", 0), *pair("b", 1), *((f"{key}.crop_{n}.png", png(9)) for key in "ab" for n in (1, 22))],
+        {"a": "0", "b": "1"},
+        ["members .crop_0 beside a sample"],
     ),
     "a dot, and nothing beside": ([("a.seg.png", png(1)), *pair("b", 2)], {"b": "2"}, ["no caption"]),
     "other members": (
@@ -324,6 +338,29 @@ def test_compressed_streams_are_read_through(tmp_path: Path, compress: Callable[
     for damaged in (whole.read_bytes()[:-20], whole.read_bytes()[:-8] + bytes(8)):
         (tmp_path / "damaged.tar.gz").write_bytes(damaged)
         assert "damaged.tar.gz is cut short" in as_stream(tmp_path / "damaged.tar.gz").told
+
+
+def test_keys_that_a_parquet_file_captions_are_samples(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [(f"img{n}.png", png(i)) for i, n in enumerate(("", ".2", ".3"))])
+    table = {"key": ["img", "img.2", "img.3"], "caption": ["one", "two", "three"], "status": ["success"] * 3}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    assert at_random(tmp_path).captions == dict(zip(table["key"], table["caption"], strict=True))
+
+
+@reader
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "PPM"])
+def test_large_images_that_begin_alike_are_two(tmp_path: Path, read: Callable[..., Found], kind: str) -> None:
+    """Of two data sets that count alike, without compression and with bars above and below."""
+    found = []
+    for name, grey in (("one", 50), ("two", 60)):
+        picture = Image.new("L", (300, 300))
+        picture.paste(grey, (0, 100, 300, 200))
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        (tmp_path / name).mkdir()
+        suffix = {"BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}[kind]
+        found.append(read(write_tar(tmp_path / name / "a.tar", [(f"0.{suffix}", buffer.getvalue()), ("0.txt", b"x")])))
+    assert found[0].image_ids != found[1].image_ids
 
 
 @reader

@@ -37,9 +37,9 @@ def stable_id(text: str) -> int:
 
 
 def own_id(key: str, image: bytes) -> int:
-    """Of an image without a stated id: by its key, its size, and its first 4,096 bytes."""
-    digest = hashlib.blake2b(image[:4096], digest_size=8).hexdigest()
-    return stable_id(f"{digest}/{key}/{len(image)}")
+    """Of an image without a stated id: by its key, its size, and its bytes."""
+    assert len(image) <= 16384
+    return stable_id(f"{key}/{len(image)}/{hashlib.blake2b(image, digest_size=8).hexdigest()}")
 
 
 # Stores

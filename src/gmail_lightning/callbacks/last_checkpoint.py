@@ -89,13 +89,13 @@ def _rename(part: Path, path: Path, fault: Exception | None) -> None:
         _remove(part)
         raise fault
     before = path.with_suffix(".ckpt.before")
-    if part.is_dir():  # one file per rank, as of FSDP: a folder is not put in the place of another in one step
+    for file in (one for one in (part, *part.rglob("*")) if one.is_file()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if path.exists() and (part.is_dir() or path.is_dir()):
+        # One file per rank, as of FSDP: a folder is not put in the place of another in one step.
         _remove(before)
-        if path.exists():
-            path.replace(before)
-    else:
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        path.replace(before)
     part.replace(path)
     _remove(before)
 

@@ -11,17 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gmail_lightning.datasets.base import DataError, ModalityName, one_line
-from gmail_lightning.datasets.ids import HEAD, id_number, stable_ids
+from gmail_lightning.datasets.ids import id_number, known_by, stable_ids
 from gmail_lightning.datasets.tar_index import read_record
 from gmail_lightning.datasets.tar_members import (
+    beside_sample,
     decompressed,
     may_belong,
     of_no_use,
     open_tar,
-    own_name,
     read_members,
     read_name,
-    sample_beside,
 )
 
 UNREADABLE = (
@@ -78,7 +77,8 @@ def read_sample(key: str, members: dict[str, bytes], modality: ModalityName, spa
     except DataError as error:
         raise DataError(f"Key {key!r}: {error}") from error
     image = members["image"]
-    own_id = int(stable_ids([f"{space}/{key}" if space else own_name(key, len(image), image[:HEAD])])[0])
+    name = f"{space}/{key}" if space else known_by(key, len(image), lambda offset, length: image[offset:][:length])
+    own_id = int(stable_ids([name])[0])
     if pair_id == -1 and modality == "real":
         pair_id = own_id
     return Sample(key, image, caption, own_id if image_id == -1 else image_id, pair_id)
@@ -149,13 +149,14 @@ class ShardReader:
 
         with gopen(url) as file, decompressed(file) as stream, open_tar(stream, "r|") as archive:
             found: dict[str, dict[str, bytes]] = {}  # by key, of a run of members whose keys are related
+            with_image: set[str] = set()  # keys of the shard
             for member in read_members(archive):
                 name = read_name(member.name)
                 if not name.kind or not member.isreg():
                     self._tell(url, of_no_use(member.name) if member.isreg() else "links", member.name)
                     continue
                 if found and not may_belong(name.key, found):
-                    yield from self._samples(url, found)
+                    yield from self._samples(url, found, with_image)
                     found = {}
                 content: Any = archive.extractfile(member)
                 data = content.read()
@@ -167,14 +168,17 @@ class ShardReader:
                         f"{url}: key {name.key!r} has two members .{name.suffix} or two images. Make keys unique."
                     )
                 members[name.kind] = data
-            yield from self._samples(url, found)
+            yield from self._samples(url, found, with_image)
 
-    def _samples(self, url: str, found: dict[str, dict[str, bytes]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def _samples(
+        self, url: str, found: dict[str, dict[str, bytes]], with_image: set[str]
+    ) -> Iterator[tuple[str, dict[str, bytes]]]:
+        with_image |= {key for key, members in found.items() if "image" in members}
         for key, members in found.items():
-            if (beside := sample_beside(key, found)) is None:
+            if (what := beside_sample(key, members, with_image)) is None:
                 yield key, members
             else:
-                self._tell(url, f"single members {key[len(beside) :]}.*", key)
+                self._tell(url, what, key)
 
     def _tell(self, url: str, kind: str, name: str) -> None:
         """Says once of each kind of members that no sample uses them."""

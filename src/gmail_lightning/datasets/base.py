@@ -194,8 +194,9 @@ def _twin(name: Any) -> str:
 def own_pair_ids(dataset: ImageTextDataset) -> np.ndarray:
     """Returns a ``pair_id`` for each real row, -1 for generated ones, shape (N,) int64; what is generated inherits it.
 
-    It is a hash of ``image_id`` and captions, whichever rows are read beside it; where the captions are prompts, which
-    a recipe may choose anew, it is the ``image_id``. Rows that are equal in all are told apart by counting.
+    It is a hash of ``image_id``, captions and question, whichever rows are read beside it; where the captions are
+    prompts, which a recipe may choose anew, it is the ``image_id``. Rows that are equal in all are told apart by
+    counting.
     """
     pair_id = np.where(dataset.modality == Modality.REAL, dataset.image_id, -1)
     real = np.flatnonzero(pair_id != -1)
@@ -203,7 +204,11 @@ def own_pair_ids(dataset: ImageTextDataset) -> np.ndarray:
         for texts, rows in dataset.caption_blocks():
             start = np.flatnonzero(np.diff(rows, prepend=-1))
             found, captions = rows[start], np.split(texts.to_numpy(zero_copy_only=False), start[1:])
-            names = ("\0".join((str(id_), *own)) for id_, own in zip(pair_id[found].tolist(), captions, strict=True))
+            asked = (dataset.question(row) or "" if dataset.has_questions else "" for row in found.tolist())
+            names = (
+                "\0".join((str(id_), question, *map(one_line, own)))
+                for id_, question, own in zip(pair_id[found].tolist(), asked, captions, strict=True)
+            )
             pair_id[found] = np.where(pair_id[found] == -1, -1, stable_ids(names))
     repeated = running_numbers(pair_id[real])
     again = real[repeated > 0]

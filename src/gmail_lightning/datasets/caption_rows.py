@@ -139,7 +139,6 @@ class CaptionRows(ImageTextDataset):
         rows = rows.combine_chunks()
         self._caption, self._file = (rows[name].combine_chunks() for name in ("caption", "file"))
         self.image_id = id_column(rows["image_id"], space)
-        self._space = space
         self.modality = constant_modality(modality, len(rows))
         if self.no_captions is not None:
             self._caption = pa.array([""] * len(rows))
@@ -177,7 +176,7 @@ class CaptionRows(ImageTextDataset):
         return self.image_root / str(self._file[index])
 
     def file_ids(self) -> np.ndarray:  # noqa: D102
-        return file_ids(self.image_root, self._file.to_pylist(), self._space)
+        return file_ids(self.image_root, self._file.to_pylist())
 
     def captions(self, index: int) -> list[str]:  # noqa: D102
         return [self._caption[index].as_py()]

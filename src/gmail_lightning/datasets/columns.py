@@ -6,7 +6,7 @@ import ast
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gmail_lightning.datasets.base import DataError
-from gmail_lightning.datasets.ids import id_text
+from gmail_lightning.datasets.ids import id_text, is_image_name
 from gmail_lightning.datasets.parsed import read_once
 
 Kind = Callable[[pa.ChunkedArray], pa.ChunkedArray]  # gives a column its type
@@ -86,7 +86,7 @@ def text_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _written_list(text: str) -> list[str]:
     """The texts of a list that JSON or Python wrote into one field; any other text alone."""
     written = text.strip()
-    if not re.fullmatch(r"""\[\s*["'].*["']\s*\]""", written, re.DOTALL):
+    if not re.match(r"""\[\s*["']""", written) or not written.endswith("]"):
         return [text]
     for read in (json.loads, ast.literal_eval):
         try:
@@ -96,6 +96,8 @@ def _written_list(text: str) -> list[str]:
         beside = re.search(r"""["']\s+["']""", written)  # numpy leaves the commas out, and Python joins such texts
         if isinstance(found, list) and all(isinstance(one, str) for one in found) and not beside:
             return found
+    if not re.search(r"""["']\s*(,|\]$)|["']\s+["']""", written):  # a text that begins with a quotation in brackets
+        return [text]
     raise pa.ArrowInvalid(f"{text[:80]!r} is a list written as text, which does not read as one: write it as JSON")
 
 
@@ -139,7 +141,9 @@ def _read(path: Path, kinds: dict[str, Kind]) -> pa.Table:
     elif path.suffix == ".jsonl":
         columns, found = _gather(path, _json_records(path), kinds)
     elif path.suffix in (".csv", ".tsv"):
-        columns, found = _gather(path, _csv_records(path, "," if path.suffix == ".csv" else "\t"), kinds)
+        image_key = next((name for name, kind in kinds.items() if kind is paths_or_bytes), None)
+        records = _csv_records(path, "," if path.suffix == ".csv" else "\t", image_key)
+        columns, found = _gather(path, records, kinds)
     else:
         raise DataError(f"{path}: unknown kind of manifest {path.suffix!r}. Use .jsonl, .csv, .tsv or .parquet.")
     if not found:
@@ -177,20 +181,23 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _csv_records(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+def _csv_records(path: Path, delimiter: str, image_key: str | None) -> Iterator[dict[str, Any]]:
     start = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            lines: list[str] = []  # of the record that is being read
+            reader = csv.reader(_noted(file, lines), delimiter=delimiter, strict=True)
             header = next(reader, [])
             refuse_twice(path, header)
+            image = header.index(image_key) if image_key in header else None
             start = reader.line_num + 1
+            lines.clear()
             for fields in reader:
                 if fields and len(fields) != len(header):
                     raise DataError(
                         f"{path} line {start}: {len(fields)} fields, but the header has {len(header)}. {QUOTES}"
                     )
-                if reader.line_num > start and _swallows(fields, delimiter):
+                if image is not None and len(lines) > 1 and _swallows(lines, delimiter, len(header), image):
                     raise DataError(
                         f"{path} line {start}: a quote opens there and closes in line {reader.line_num}, and what is "
                         f"between looks like rows, which would be lost. {QUOTES}"
@@ -198,6 +205,7 @@ def _csv_records(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
                 if fields:
                     yield dict(zip(header, fields, strict=True))
                 start = reader.line_num + 1
+                lines.clear()
     except csv.Error as error:
         raise DataError(f"{path} line {start}: {error}. {QUOTES}") from error
     except UnicodeDecodeError as error:
@@ -218,16 +226,35 @@ def refuse_twice(path: Path, names: list[str]) -> None:
         )
 
 
-def _swallows(fields: list[str], delimiter: str) -> bool:
-    """Whether a text of several lines holds what looks like rows, so that its quote was opened by mistake.
+def _noted(file: Iterable[str], lines: list[str]) -> Iterator[str]:
+    """Passes lines on, and keeps them in a list."""
+    for line in file:
+        lines.append(line)
+        yield line
 
-    Such a line has as many fields as the row, and single words where the row has them, as names of files are.
+
+def _swallows(lines: list[str], delimiter: str, width: int, image: int) -> bool:
+    """Whether the lines of one record look like rows by themselves, so that a quote was opened by mistake.
+
+    Args:
+        lines: As they stand in the file.
+        delimiter: Between fields.
+        width: Number of columns.
+        image: Number of the column of images.
     """
-    words = [i for i, field in enumerate(fields) if len(field.split()) == 1]
-    lines = (line.split(delimiter) for text in fields for line in text.split("\n")[1:])
-    return len(fields) > 1 and any(
-        len(parts) >= len(fields) and all(len(parts[i].split()) == 1 for i in words) for parts in lines
-    )
+    rows = [parts for line in lines if len(parts := line.split(delimiter)) >= width]
+    names = [parts[image].strip().strip('"') for parts in rows]
+    if not names or len(lines[0].split(delimiter)) < width:
+        return False
+    first, *others = names
+    if is_image_name(first):
+        return any(map(is_image_name, others))
+    return first != "" and any(_shape(first) == _shape(other) for other in others)
+
+
+def _shape(name: str) -> str:
+    """What is alike in the names of a data set: digits and letters stand for those of any number."""
+    return re.sub(r"[^\W\d_]+", "a", re.sub("[0-9]+", "0", name))
 
 
 def _gather(

@@ -3,10 +3,8 @@
 A value is an integer or a text, and its number does not depend on how it is stored: 1, 1.0, "1" and " 1 " are one id.
 Values that a file states are in the common space, where integers from 0 to 2^63 - 1 keep their number, so that COCO's
 ids are COCO's everywhere; all else is a hash. In a space with a name, every value is a hash of space and value, so that
-two data sets that both count from 0 have no id in common. An image without a stated id is known by its name, its size
-and its folder, and a folder by the first image in it: it may be moved, renamed, or reached by another path, and may
-grow at its end. Data sets whose folders begin with one image, such as a black frame, are kept apart by a space. In a
-tar it is known by its key, its size and its first bytes, in whatever tar it lies.
+two data sets that both count from 0 have no id in common. An image without a stated id is known by its name and what
+it holds: it may be moved, packed anew or reached by another path, and those beside it may change.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from gmail_lightning.types import DataError
 MISSING = {"", "nan", "<na>", "null", "none"}  # as pandas, NumPy and Python write what is not there
 PLAIN = r"^(0|[1-9][0-9]{0,17})$"  # integers that Arrow turns into numbers at once
 LARGEST_EXACT_FLOAT = 2**53
-HEAD = 4096  # first bytes of an image, which tell it from others of its name and size
+PIECES, PIECE = 4, 4096  # of a large image, and the bytes of each, that tell it from others of its name and size
 
 
 def stable_ids(names: Iterable[str]) -> np.ndarray:
@@ -119,78 +117,46 @@ def file_ids(root: str | Path, files: Sequence[str], space: str = "") -> np.ndar
         root: Folder that relative paths start from.
         files: Paths.
         space: With a name, the ids are those of the paths below ``root`` in this space, and no file is looked at.
-            Without one, each file is known by its name, its size and its folder, and the folder by the first image in
-            it; a file of up to 4 KiB also by what it holds.
-
-    Raises:
-        DataError: If two of the folders begin with one image and hold others that are equal in name and size alone.
+            Without one, each file is known by ``known_by``, and one that is not there by its path.
     """
     names, number = np.unique(np.array([os.path.join(root, file) for file in files], dtype=object), return_inverse=True)
     if space:
         start = os.path.abspath(root)
         return stable_ids(f"{space}/{Path(os.path.relpath(name, start)).as_posix()}" for name in names)[number]
-    known: dict[str, str] = {}  # real paths of the folders by their names
-    folders = {
-        folder: _folder_name(folder, known) for folder in sorted({os.path.dirname(name) for name in names.tolist()})
-    }
-    return stable_ids(f"{folders[os.path.dirname(name)]}/{_file_name(name)}/{_evidence(name)}" for name in names)[
-        number
-    ]
+    return stable_ids(_file_known_by(name) for name in names)[number]
 
 
-def _file_name(path: str) -> str:
-    return unicodedata.normalize("NFC", os.path.basename(path))
+def known_by(name: str, size: int, read: Callable[[int, int], bytes]) -> str:
+    """What an image without a stated id is known by, wherever it lies: its name, its size, and its bytes.
+
+    Of a file of more than 16 KiB four pieces are read, spread over it.
+
+    Args:
+        name: Of its file, without folders; in a tar its key.
+        size: In bytes.
+        read: Returns so many bytes from an offset on.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    if size <= PIECES * PIECE:
+        digest.update(read(0, size))
+    else:
+        for number in range(PIECES):
+            digest.update(read(number * (size - PIECE) // (PIECES - 1), PIECE))
+    return f"{unicodedata.normalize('NFC', name)}/{size}/{digest.hexdigest()}"
 
 
-def _evidence(path: str) -> str:
-    """The size of a file, and of a small one its digest: sizes of small images are often equal."""
+def _file_known_by(path: str) -> str:
     try:
-        size = os.stat(path).st_size
-        return f"{size}/{hashlib.blake2b(_head(path), digest_size=8).hexdigest()}" if size <= HEAD else str(size)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:  # told when its pixels are asked for
-        return ""
-
-
-def _folder_name(folder: str, known: dict[str, str]) -> str:
-    """A digest of the first image in a folder and of its name; the folder's path, where nothing is there."""
-    real = os.path.realpath(folder)
+        return os.path.realpath(path)
     try:
-        names = _visible_files(folder)
-        images = [name for name in names if is_image_name(name)] or [name for name in names if "." not in name]
-        first = min(images, key=_file_name, default=None)
-        if first is None:
-            return real
-        content = Path(folder, first).read_bytes()
-    except OSError:  # told when its pixels are asked for
-        return real
-    digest = hashlib.blake2b(_file_name(first).encode(errors="surrogateescape") + b"\0" + content, digest_size=8)
-    name = digest.hexdigest()
-    other = known.setdefault(name, real)
-    if other != real:
-        _refuse_twins(folder, other)
-    return name
-
-
-def _visible_files(folder: str) -> list[str]:
-    with os.scandir(folder or ".") as entries:
-        return [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
-
-
-def _refuse_twins(folder: str, other: str) -> None:
-    """Refuses two folders that begin with one image where another is equal in name and size, and yet another image."""
-    for name in set(_visible_files(folder)) & set(_visible_files(other)):
-        first, second = os.path.join(folder, name), os.path.join(other, name)
-        if _evidence(first) == _evidence(second) and _head(first) != _head(second):
-            raise DataError(
-                f"{folder} and {other} begin with the same image, but {name}, of equal size, differs, so that their "
-                "images cannot be told apart by it. Name the data set by its space: images then go by their paths "
-                "below its root."
-            )
-
-
-def _head(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(HEAD)
+        size = os.fstat(descriptor).st_size
+        return known_by(os.path.basename(path), size, lambda offset, length: os.pread(descriptor, length, offset))
+    except OSError:  # a folder, or a disk that fails
+        return os.path.realpath(path)
+    finally:
+        os.close(descriptor)
 
 
 def running_numbers(group: np.ndarray) -> np.ndarray:

@@ -43,8 +43,7 @@ class ClassImages(ImageTextDataset):
         self._files = files
         self.label = np.array(label, dtype=np.int64)
         self.modality = constant_modality(modality, len(files))
-        self._space = space
-        self.image_id = self.file_ids()
+        self.image_id = file_ids(self.root, files, space)
         self.pair_id = own_pair_ids(self)
 
     def read_image(self, index: int) -> Tensor:  # noqa: D102
@@ -54,7 +53,7 @@ class ClassImages(ImageTextDataset):
         return self.root / self._files[index]
 
     def file_ids(self) -> np.ndarray:  # noqa: D102
-        return file_ids(self.root, self._files, self._space)
+        return file_ids(self.root, self._files)
 
     def captions(self, index: int) -> list[str]:  # noqa: D102
         return [fill(template, self.class_names[self.label[index]]) for template in self.templates]
@@ -80,8 +79,8 @@ class ImageFolder(ClassImages):
             the folders' names, with spaces for underscores.
         templates: The prompts, one or several with ``{}`` for the class, or the name of a published set of them, such
             as ``imagenet`` (:func:`~gmail_lightning.transforms.text.prompt_templates`).
-        space: With a name, images are known by it and by their paths below ``root``, otherwise by name and size of the
-            file and the first image of its folder (:mod:`gmail_lightning.datasets.ids`).
+        space: With a name, images are known by it and by their paths below ``root``, otherwise by the name of the
+            file and what it holds (:mod:`gmail_lightning.datasets.ids`).
 
     Raises:
         DataError: If there is no such folder, no class folder, a class without images, a folder without a name, or one

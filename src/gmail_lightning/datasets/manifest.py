@@ -58,7 +58,7 @@ class ManifestDataset(ImageTextDataset):
         image_key: Name of the image column.
         caption_key: Name of the caption column; texts or lists of texts.
         space: Name of the data set that the ids are of: equal ids of two spaces are different images. By default ids
-            that are written in the file are those of every other file, and other images are known by file and folder.
+            that are written in the file are those of every other file, and other images are known by name and content.
 
     Raises:
         DataError: If the file, a column or a value is missing or malformed; names file, row and key. Rows count from 1,
@@ -144,7 +144,7 @@ class ManifestDataset(ImageTextDataset):
         elif self._content is not None:
             self.image_id = self._content
         else:
-            self.image_id = self.file_ids()
+            self.image_id = self._files_known_by(self._space)
         if "pair_id" in columns:
             self.pair_id = self._ids("pair_id", columns["pair_id"])
         else:
@@ -208,8 +208,11 @@ class ManifestDataset(ImageTextDataset):
     def file_ids(self) -> np.ndarray:  # noqa: D102
         if self._content is not None:
             return self._content
+        return self._files_known_by("")
+
+    def _files_known_by(self, space: str) -> np.ndarray:
         values, codes = _codes(self._image)
-        ids: np.ndarray = file_ids(self.image_root, values.to_pylist(), self._space)[codes]
+        ids: np.ndarray = file_ids(self.image_root, values.to_pylist(), space)[codes]
         return ids
 
     def captions(self, index: int) -> list[str]:  # noqa: D102

@@ -91,7 +91,7 @@ class ScienceQA(ImageTextDataset):
         questions = [f"{row['question']}\n{instruction}".strip() for row in rows]
         self._question, self._answer = pa.array(questions), pa.array([row["answer"] for row in rows])
         self._pid, self._file = pa.array([row["pid"] for row in rows]), pa.array([row["image"] for row in rows])
-        self.image_id = self.file_ids()
+        self.image_id = file_ids(self.image_root, self._file.to_pylist(), "scienceqa")
         self.modality = constant_modality("real", len(rows))
         self.pair_id = own_pair_ids(self)
 
@@ -102,7 +102,7 @@ class ScienceQA(ImageTextDataset):
         return self.image_root / str(self._file[index])
 
     def file_ids(self) -> np.ndarray:  # noqa: D102
-        return file_ids(self.image_root, self._file.to_pylist(), "scienceqa")
+        return file_ids(self.image_root, self._file.to_pylist())
 
     def captions(self, index: int) -> list[str]:
         """Returns the answer."""

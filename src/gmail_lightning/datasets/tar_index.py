@@ -21,15 +21,14 @@ import pyarrow.parquet as pq
 
 from gmail_lightning.cache import cache_folder
 from gmail_lightning.datasets.base import DataError
-from gmail_lightning.datasets.ids import HEAD, id_text, stable_ids
+from gmail_lightning.datasets.ids import id_text, known_by, stable_ids
 from gmail_lightning.datasets.tar_members import (
+    beside_sample,
     name_is_text,
     of_no_use,
     open_tar,
-    own_name,
     read_members,
     read_name,
-    sample_beside,
 )
 
 INDEX = "index.parquet"
@@ -44,7 +43,7 @@ SCHEMA = pa.schema(
         ("own_id", pa.int64()),
     ]
 )
-VERSION = 6  # of what an index says; one of another version is made anew
+VERSION = 7  # of what an index says; one of another version is made anew
 UNREADABLE = "unreadable text"
 
 Places = dict[str, tuple[int, int]]
@@ -102,7 +101,7 @@ def tar_index(tars: list[Path], described: bool) -> TarIndex:
 
 
 def index_tar(path: Path, described: bool = False) -> tuple[pa.Table, dict[str, int]]:
-    """Makes the rows of one tar, by one pass over its headers; of each image the head is read.
+    """Makes the rows of one tar, by one pass over its headers; pieces of each image are read.
 
     Returns:
         A table of ``SCHEMA``, and how many members are of no use, by what they are.
@@ -112,6 +111,8 @@ def index_tar(path: Path, described: bool = False) -> tuple[pa.Table, dict[str, 
     beside = None if described else _parquet_beside(path)
     with path.open("rb") as file:
         members, unused = _members(path, file)
+        if not described:
+            _take_out_besides(members, unused, set() if beside is None else set(beside["key"].to_pylist()))
         for key, found in members.items():
             columns["key"].append(key)
             for kind in ("image", "json"):
@@ -122,21 +123,20 @@ def index_tar(path: Path, described: bool = False) -> tuple[pa.Table, dict[str, 
             for name in FIELDS:
                 columns[name].append(fields.get(name))
             offset, size = found.get("image", (0, 0))
-            names.append(own_name(key, size, os.pread(file.fileno(), min(size, HEAD), offset)))
+            names.append(known_by(key, size, lambda at, n, start=offset: os.pread(file.fileno(), n, start + at)))  # type: ignore[misc]
     table = pa.table(columns, schema=TEXTS)
     if beside is not None:
         table = _with_parquet(table, beside)
     own_ids = np.append(stable_ids(names), np.full(len(table) - len(names), -1))  # those of the Parquet file alone
     try:
-        return table.append_column("own_id", pa.array(own_ids, pa.int64())).cast(SCHEMA), unused
+        return table.append_column("own_id", pa.array(own_ids, pa.int64())).cast(SCHEMA), dict(unused)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: a clip_score is no number ({error}).") from error
 
 
-def _members(path: Path, file: IO[bytes]) -> tuple[dict[str, Places], dict[str, int]]:
+def _members(path: Path, file: IO[bytes]) -> tuple[dict[str, Places], Counter[str]]:
     """Offset and size of the image, the text and the record of each key, and how many members are of no use."""
     members: dict[str, Places] = {}
-    suffixes: dict[str, str] = {}
     unused: Counter[str] = Counter()
     try:
         with open_tar(file, "r:") as archive:
@@ -152,15 +152,21 @@ def _members(path: Path, file: IO[bytes]) -> tuple[dict[str, Places], dict[str, 
                         f"{path}: key {name.key!r} has two members .{name.suffix} or two images. Make keys unique."
                     )
                 found[name.kind] = (member.offset_data, member.size)
-                suffixes[name.key] = name.suffix
     except tarfile.ReadError as error:
         fault = f"{path}: not a whole uncompressed tar"
         if members:
             fault = f"{path} is cut short or damaged after key {next(reversed(members))!r}"
         raise DataError(f"{fault} ({error}). Fetch or make it again.") from error
-    besides = {key: beside for key in members if (beside := sample_beside(key, members)) is not None}
-    unused.update(f"members {key[len(beside) :]}.{suffixes[key]}" for key, beside in besides.items())
-    return {key: found for key, found in members.items() if key not in besides}, dict(unused)
+    return members, unused
+
+
+def _take_out_besides(members: dict[str, Places], unused: Counter[str], listed: set[str]) -> None:
+    """Takes out single members that lie beside a sample, but for those that the Parquet file knows as samples."""
+    with_image = {key for key, found in members.items() if "image" in found}
+    for key in list(members):
+        if key not in listed and (what := beside_sample(key, members[key], with_image)) is not None:
+            unused[what] += 1
+            del members[key]
 
 
 def _refuse_member(path: Path, member: tarfile.TarInfo) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import hashlib
 import io
 import lzma
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import IO, Any, NamedTuple, cast
 
 from gmail_lightning.datasets.ids import is_image_name
@@ -50,24 +49,26 @@ def may_belong(key: str, found: Mapping[str, Mapping[str, Any]]) -> bool:
         found: The members before it by key and kind.
     """
     shortest = min(found, key=len)
-    if key == shortest or key.startswith(f"{shortest}.") or shortest.startswith(f"{key}."):
+    if key in found or key.startswith(f"{shortest}.") or shortest.startswith(f"{key}."):
         return True
-    alone = all(len(members) == 1 for members in found.values())  # a.depth.png and a.edge.png, and a.png may follow
+    alone = any(len(members) == 1 for members in found.values())  # a.1.png and a.2.png, or a.depth.png before a.png
     return alone and key.rpartition(".")[0] == shortest.rpartition(".")[0] != ""
 
 
-def sample_beside(key: str, found: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Returns the key of the sample that a single member lies beside, as ``a.mask.png`` beside ``a.png``.
+def beside_sample(key: str, members: Mapping[str, Any], with_image: Container[str]) -> str | None:
+    """What a single member is called that lies beside a sample, as ``a.mask.png`` beside ``a.png``; None for others.
 
     Args:
         key: Of the member.
-        found: The members of each key by kind.
+        members: All of its key.
+        with_image: Keys that have an image.
     """
     beside = key
-    while len(found[key]) == 1 and "." in beside.rpartition("/")[2]:
+    while len(members) == 1 and "." in beside.rpartition("/")[2]:
         beside = beside.rpartition(".")[0]
-        if "image" in found.get(beside, ()):
-            return beside
+        if beside in with_image:
+            what = re.sub("[0-9]+", "0", key[len(beside) :])
+            return f"members {what} beside a sample"
     return None
 
 
@@ -78,11 +79,6 @@ def of_no_use(name: str) -> str:
         return "hidden members"
     suffix = os.path.splitext(last)[1].lower()
     return f"members {suffix}" if suffix else "members without a suffix"
-
-
-def own_name(key: str, size: int, head: bytes) -> str:
-    """What an image without a stated id is known by, in whatever tar: its key, its size, its first ``HEAD`` bytes."""
-    return f"{hashlib.blake2b(head, digest_size=8).hexdigest()}/{key}/{size}"
 
 
 def name_is_text(name: str) -> bool:

@@ -28,7 +28,7 @@ class TarRows:
     Attributes:
         columns: ``key, caption, status, reason, image_id, pair_id``; of the image ``tar`` (its number), ``offset``,
             ``size`` (null where there is none), ``picture`` (equal where rows show one image) and ``file_id`` (of its
-            key, size and first bytes, see :mod:`~gmail_lightning.datasets.ids`); ``json_offset`` and
+            key and what it holds, see :mod:`~gmail_lightning.datasets.ids`); ``json_offset`` and
             ``json_size`` of the record; of a store also ``split, modality, generator``; scores where they were asked
             for.
         tars: Paths of the tars.

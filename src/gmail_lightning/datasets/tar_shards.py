@@ -42,7 +42,7 @@ class TarShards(ImageTextDataset):
     come from the manifest. Any other is read as img2dataset leaves it: ``{key}.jpg`` (png, webp, ...), ``{key}.txt``,
     ``{key}.json``. There the caption is the text or else ``caption`` of the record; ``image_id``, ``pair_id``,
     ``clip_score`` and ``status`` come from the Parquet file beside the tar, else from the records. An image without
-    an id is known by its key, its size and its first bytes, in whatever tar it lies; a real row that states no pair has
+    an id is known by its key and what it holds, in whatever tar it lies; a real row that states no pair has
     one of its own by its key, which what is generated from it inherits. What was not downloaded is left out. A key
     ends at the last dot of a member's name. Archives that are joined end to end are read to the end. Tars of a store
     are refused without their manifest.
