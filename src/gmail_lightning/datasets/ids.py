@@ -28,7 +28,7 @@ from gmail_lightning.types import DataError
 MISSING = {"", "nan", "<na>", "null", "none"}  # as pandas, NumPy and Python write what is not there
 PLAIN = r"^(0|[1-9][0-9]{0,17})$"  # integers that Arrow turns into numbers at once
 LARGEST_EXACT_FLOAT = 2**53
-PIECES, PIECE = 4, 4096  # of a large image, and the bytes of each, that tell it from others of its name and size
+PIECES, PIECE = 4, 2048  # of a large image, and the bytes of each, that tell it from others of its name and size
 
 
 def stable_ids(names: Iterable[str]) -> np.ndarray:
@@ -129,7 +129,7 @@ def file_ids(root: str | Path, files: Sequence[str], space: str = "") -> np.ndar
 def known_by(name: str, size: int, read: Callable[[int, int], bytes]) -> str:
     """What an image without a stated id is known by, wherever it lies: its name, its size, and its bytes.
 
-    Of a file of more than 16 KiB four pieces are read, spread over it.
+    Of a file of more than 8 KiB four pieces of 2 KiB are read, spread over it.
 
     Args:
         name: Of its file, without folders; in a tar its key.

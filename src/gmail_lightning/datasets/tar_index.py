@@ -43,7 +43,7 @@ SCHEMA = pa.schema(
         ("own_id", pa.int64()),
     ]
 )
-VERSION = 7  # of what an index says; one of another version is made anew
+VERSION = 8  # of what an index says; one of another version is made anew
 UNREADABLE = "unreadable text"
 
 Places = dict[str, tuple[int, int]]
