@@ -97,6 +97,8 @@ class HFCLIPEncoder(DualEncoder):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Maps pixels in [0, 1], shape (B, 3, H, W), to unnormalised features of shape (B, D)."""
+        if not len(image):
+            return image.new_zeros(0, self.embed_dim)  # towers cannot reshape what is empty
         output = cast(Any, self.model).get_image_features(pixel_values=self.normalize_pixels(image))
         return cast(Tensor, output.pooler_output)
 
@@ -107,6 +109,8 @@ class HFCLIPEncoder(DualEncoder):
                 f"Token ids of shape {tuple(text.shape)}, but this text tower has context length "
                 f"{self.text_spec.context_length}: tokenise with the encoder's own text_spec."
             )
+        if not len(text):
+            return text.new_zeros(0, self.embed_dim).float()  # towers cannot reshape what is empty
         return cast(Tensor, cast(Any, self.model).get_text_features(input_ids=text).pooler_output)
 
     def text_parameters(self) -> Iterator[nn.Parameter]:

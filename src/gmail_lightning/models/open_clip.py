@@ -153,6 +153,8 @@ class OpenCLIPEncoder(DualEncoder):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Maps pixels in [0, 1], shape (B, 3, H, W), to unnormalised features of shape (B, D)."""
+        if not len(image):
+            return image.new_zeros(0, self.embed_dim)  # towers cannot reshape what is empty
         return cast(Tensor, cast(Any, self.model).encode_image(self.normalize_pixels(image)))
 
     def encode_text(self, text: Tensor) -> Tensor:
@@ -162,6 +164,8 @@ class OpenCLIPEncoder(DualEncoder):
                 f"Token ids of shape {tuple(text.shape)}, but this text tower has context length "
                 f"{self.text_spec.context_length}: tokenise with the encoder's own text_spec."
             )
+        if not len(text):
+            return text.new_zeros(0, self.embed_dim).float()  # towers cannot reshape what is empty
         return cast(Tensor, cast(Any, self.model).encode_text(text))
 
     def text_parameters(self) -> Iterator[nn.Parameter]:
