@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gmail_lightning.models.base import DualEncoder, LoRATarget, Tower
 from gmail_lightning.models.hf_tower import ACTIVATIONS, OFFLINE, patch_tokens, pixel_settings, tower_layers, tower_size
+from gmail_lightning.models.long_text import KEEP, LONG, stretch_table
 from gmail_lightning.models.lora import block_targets
 from gmail_lightning.models.weights import plain_files, plain_names
 from gmail_lightning.types import ImageSpec, TextSpec
@@ -120,6 +121,17 @@ class HFCLIPEncoder(DualEncoder):
             for name, p in plain_names(dict(self.model.named_parameters())).items()
             if not name.startswith(("vision_model.", "visual_projection."))
         )
+
+    def stretch_context(self, length: int = LONG, keep: int = KEEP) -> None:
+        """Gives the text tower a longer context, in place; see ``models.stretch_context``."""
+        model = cast(Any, self.model)
+        embeddings = model.text_model.embeddings
+        stretch_table(self, embeddings.position_embedding, "weight", length, keep)
+        embeddings.position_embedding.num_embeddings = length
+        embeddings.position_ids = torch.arange(length, device=embeddings.position_embedding.weight.device)[None]
+        for config in (self.config.text_config, model.config.text_config, model.text_model.config):
+            config.max_position_embeddings = length
+        self._text_spec = TextSpec(partial(cast(Any, self.text_spec.encode), context_length=length), length)
 
     def image_tokens(self, image: Tensor, layer: int = -2) -> Tensor:
         """Maps pixels to patch tokens of one block, shape (B, T, W), before the final norm and without class token.
