@@ -28,6 +28,7 @@ LAYERS = {
     "callbacks": {"types", "distributed", "metrics", "models", "tasks", "datasets", "datamodules"},
     "export": {"types", "models", "tasks"},
     "repair": {"types", "metrics", "models", "datasets", "transforms"},
+    "testing": {"types", "models", "datasets"},
 }
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0].removesuffix(".py") in LAYERS]
 
@@ -42,6 +43,29 @@ def test_imports_point_down(path: Path) -> None:
         elif isinstance(node, ast.Import):
             imported |= {a.name.split(".")[1] for a in node.names if a.name.startswith("gmail_lightning.")}
     assert imported - {own} <= LAYERS[own]
+
+
+def imported_files(path: Path) -> set[Path]:
+    """Files of the package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "gmail_lightning":
+            module = ROOT.joinpath(*str(node.module).split(".")[1:])
+            for name in (alias.name for alias in node.names):
+                candidates = (module / f"{name}.py", module.with_suffix(".py"), module / "__init__.py")
+                found.add(next(candidate for candidate in candidates if candidate.is_file()))
+    return found
+
+
+def test_no_files_import_each_other() -> None:
+    """In no circle, however long."""
+    imports = {path: imported_files(path) for path in ROOT.rglob("*.py")}
+    left = dict(imports)
+    while free := [path for path, needed in left.items() if not needed & left.keys()]:
+        for path in free:
+            del left[path]
+    assert not [str(path.relative_to(ROOT)) for path in left]
+    assert sum(map(len, imports.values())) > 300
 
 
 def test_import_loads_no_heavy_package() -> None:

@@ -32,8 +32,7 @@ from gmail_lightning.callbacks.generation_plan import Mode
 from gmail_lightning.datamodules import MixedModalityDataModule
 from gmail_lightning.datasets import DataError
 from gmail_lightning.distributed import decided_once
-from gmail_lightning.hints import as_json, hint, import_class
-from gmail_lightning.main import EPILOG
+from gmail_lightning.hints import EPILOG, as_json, hint, import_class
 from gmail_lightning.runs import (
     RECORD,
     Decision,

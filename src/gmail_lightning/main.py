@@ -11,16 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
-EPILOG = """beside them:
-  export CHECKPOINT --to open_clip --out DIR   write the trained encoder as a model that plain open_clip loads
-  repair DIR --encoder NAME                    choose a better image for each caption of a generated data set (SynC)
-  recipes list | copy NAME [TARGET]            show or copy the recipes that ship with the package
-  doctor                                       say what is installed, and what this machine can do
-exit status: 0 done, 2 bad configuration, 3 a problem of the data,
-             4 done in part (some images failed; the data set's README.md says why),
-             143 ended by SIGTERM, 1 anything else
-"""
-
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status.

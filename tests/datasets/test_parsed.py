@@ -91,7 +91,7 @@ def test_data_sets_of_one_manifest_share_its_rows(tmp_path: Path, monkeypatch: p
     path = tmp_path / "rows.csv"
     path.write_text("image,caption\n1.jpg,a cat\n", encoding="utf-8")
     first = ManifestDataset(path, modality="real")
-    monkeypatch.setattr("gmail_lightning.datasets.columns._csv_records", None)  # not read again
+    monkeypatch.setattr("gmail_lightning.datasets.columns.csv_records", None)  # not read again
     assert ManifestDataset(path, modality="generated").captions(0) == first.captions(0)
     monkeypatch.undo()
     path.write_text("image,caption\n1.jpg,one dog\n", encoding="utf-8")

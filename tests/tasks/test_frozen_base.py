@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
 from gmail_lightning.models import ModalityEncoder, OpenCLIPEncoder
-from gmail_lightning.tasks import AlignmentTask, RetrievalTask, checkpoint
+from gmail_lightning.tasks import AlignmentTask, RetrievalTask, encoder_task
 
 
 def replaced_tower(key: str) -> OpenCLIPEncoder:
@@ -53,13 +53,13 @@ def test_a_checkpoint_is_refused_wherever_the_base_differs(tmp_path: Path, key: 
 
 
 def test_the_fingerprint_is_computed_once_per_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, original = [], checkpoint.fingerprint
+    calls, original = [], encoder_task.fingerprint
 
     def counted(*args, **kwargs):
         calls.append(args)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "fingerprint", counted)
+    monkeypatch.setattr(encoder_task, "fingerprint", counted)
     task = AlignmentTask(tiny_encoder(), rank=2)
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
     settings = {"enable_checkpointing": True, "callbacks": [saves], "limit_val_batches": 0}

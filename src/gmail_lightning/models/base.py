@@ -127,6 +127,14 @@ class DualEncoder(ImageEncoder):
         """Scalar added to the scaled similarities (SigLIP), or None."""
         return None
 
+    def stretch_context(self, length: int, keep: int) -> None:
+        """Gives the text tower a longer context, in place; see ``models.stretch_context``.
+
+        Raises:
+            TypeError: If the encoder cannot.
+        """
+        raise TypeError(f"stretch_context needs an encoder that implements it, not {type(self).__name__}.")
+
     def text_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the text tower and of the logits: all but those of the image tower."""
         raise NotImplementedError(f"{type(self).__name__} has no text_parameters: implement it for text_side: full.")

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gmail_lightning.models.base import DualEncoder, LoRATarget, Tower
 from gmail_lightning.models.hf_tower import ACTIVATIONS, OFFLINE, patch_tokens, pixel_settings, tower_layers, tower_size
+from gmail_lightning.models.long_text import KEEP, LONG, stretch_table
 from gmail_lightning.models.lora import block_targets
 from gmail_lightning.models.weights import plain_files, plain_names
 from gmail_lightning.types import ImageSpec, TextSpec
@@ -97,6 +98,8 @@ class HFCLIPEncoder(DualEncoder):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Maps pixels in [0, 1], shape (B, 3, H, W), to unnormalised features of shape (B, D)."""
+        if not len(image):
+            return image.new_zeros(0, self.embed_dim)  # towers cannot reshape what is empty
         output = cast(Any, self.model).get_image_features(pixel_values=self.normalize_pixels(image))
         return cast(Tensor, output.pooler_output)
 
@@ -107,6 +110,8 @@ class HFCLIPEncoder(DualEncoder):
                 f"Token ids of shape {tuple(text.shape)}, but this text tower has context length "
                 f"{self.text_spec.context_length}: tokenise with the encoder's own text_spec."
             )
+        if not len(text):
+            return text.new_zeros(0, self.embed_dim).float()  # towers cannot reshape what is empty
         return cast(Tensor, cast(Any, self.model).get_text_features(input_ids=text).pooler_output)
 
     def text_parameters(self) -> Iterator[nn.Parameter]:
@@ -116,6 +121,17 @@ class HFCLIPEncoder(DualEncoder):
             for name, p in plain_names(dict(self.model.named_parameters())).items()
             if not name.startswith(("vision_model.", "visual_projection."))
         )
+
+    def stretch_context(self, length: int = LONG, keep: int = KEEP) -> None:
+        """Gives the text tower a longer context, in place; see ``models.stretch_context``."""
+        model = cast(Any, self.model)
+        embeddings = model.text_model.embeddings
+        stretch_table(self, embeddings.position_embedding, "weight", length, keep)
+        embeddings.position_embedding.num_embeddings = length
+        embeddings.position_ids = torch.arange(length, device=embeddings.position_embedding.weight.device)[None]
+        for config in (self.config.text_config, model.config.text_config, model.text_model.config):
+            config.max_position_embeddings = length
+        self._text_spec = TextSpec(partial(cast(Any, self.text_spec.encode), context_length=length), length)
 
     def image_tokens(self, image: Tensor, layer: int = -2) -> Tensor:
         """Maps pixels to patch tokens of one block, shape (B, T, W), before the final norm and without class token.

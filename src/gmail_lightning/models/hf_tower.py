@@ -68,6 +68,8 @@ class HFImageEncoder(ImageEncoder):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Maps pixels in [0, 1], shape (B, 3, H, W), to the tower's pooled output, shape (B, D)."""
+        if not len(image):
+            return image.new_zeros(0, self.embed_dim)  # towers cannot reshape what is empty
         return cast(Tensor, self.model(pixel_values=self.normalize_pixels(image)).pooler_output)
 
     def image_tokens(self, image: Tensor, layer: int = -2) -> Tensor:

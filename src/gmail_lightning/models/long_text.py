@@ -65,24 +65,30 @@ def stretch_context(encoder: DualEncoder, length: int = LONG, keep: int = KEEP) 
     only has its first ones kept.
 
     Args:
-        encoder: ``OpenCLIPEncoder`` or ``HFCLIPEncoder``.
+        encoder: ``OpenCLIPEncoder``, ``HFCLIPEncoder``, or one with a ``stretch_context`` of its own.
         length: New context length.
         keep: Positions that stay as they are.
 
     Raises:
-        TypeError: If the encoder is of another class.
+        TypeError: If the encoder cannot.
         ValueError: As ``stretch_positional_embedding``, or if the tower has no positional table of its context length.
     """
-    from gmail_lightning.models.hf_clip import HFCLIPEncoder  # these two import this module
-    from gmail_lightning.models.open_clip import OpenCLIPEncoder
+    encoder.stretch_context(length, keep)
 
-    if not isinstance(encoder, (OpenCLIPEncoder, HFCLIPEncoder)):
-        raise TypeError(f"stretch_context knows OpenCLIPEncoder and HFCLIPEncoder, not {type(encoder).__name__}.")
-    model = cast(Any, encoder.model)
-    if isinstance(encoder, OpenCLIPEncoder):
-        host, name = getattr(model, "text", model), "positional_embedding"
-    else:
-        host, name = model.text_model.embeddings.position_embedding, "weight"
+
+def stretch_table(encoder: DualEncoder, host: nn.Module, name: str, length: int, keep: int) -> None:
+    """Puts a table of ``length`` positions in the place of an encoder's, whose first ``keep`` rows do not train.
+
+    Args:
+        encoder: The encoder, whose ``text_spec`` says how many there are.
+        host: The module that has the table.
+        name: Of the parameter.
+        length: Rows of the new table.
+        keep: Rows that stay as they are.
+
+    Raises:
+        ValueError: As ``stretch_context``.
+    """
     weight, before = getattr(host, name, None), encoder.text_spec.context_length
     if weight is None or len(weight) != before:
         raise ValueError(
@@ -92,27 +98,6 @@ def stretch_context(encoder: DualEncoder, length: int = LONG, keep: int = KEEP) 
         _keep_rows(host, name, stretch_positional_embedding(weight.detach(), length, keep), keep, weight.requires_grad)
     elif not parametrize.is_parametrized(host, name):
         _keep_rows(host, name, weight.detach(), keep, weight.requires_grad)
-    if isinstance(encoder, OpenCLIPEncoder):
-        _set_open_clip_length(encoder, length)
-    else:
-        host.num_embeddings = length
-        model.text_model.embeddings.position_ids = torch.arange(length, device=weight.device)[None]
-        for config in (encoder.config.text_config, model.config.text_config, model.text_model.config):
-            config.max_position_embeddings = length
-        encoder._text_spec = TextSpec(partial(cast(Any, encoder.text_spec.encode), context_length=length), length)
-
-
-def _set_open_clip_length(encoder: Any, length: int) -> None:
-    model = encoder.model
-    for module in {model, getattr(model, "text", model)}:
-        module.context_length = length
-        if getattr(module, "num_pos", None) is not None:
-            module.num_pos = length
-        if getattr(module, "attn_mask", None) is not None:
-            module.attn_mask = torch.full_like(module.attn_mask[:1, :1], -torch.inf).repeat(length, length).triu_(1)
-    encoder.model_config["text_cfg"]["context_length"] = length
-    encoder.tokenizer.context_length = length
-    encoder._text_spec = TextSpec(encoder.tokenizer, length)
 
 
 class KeptRows(nn.Module):

@@ -9,10 +9,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import DualEncoder, LoRATarget, Tower
-from gmail_lightning.models.long_text import LONG, read_long_clip, stretch_context
+from gmail_lightning.models.long_text import KEEP, LONG, read_long_clip, stretch_table
 from gmail_lightning.models.lora import block_targets
 from gmail_lightning.models.open_clip_loading import (
     CONFIG,
@@ -111,7 +112,7 @@ class OpenCLIPEncoder(DualEncoder):
         )
         self._text_spec = TextSpec(self.tokenizer, model_config["text_cfg"].get("context_length", 77))
         if context_length is not None or long_clip is not None:
-            stretch_context(self, context_length or LONG)
+            self.stretch_context(context_length or LONG)
         if long_clip is not None:
             self.model.load_state_dict(long_clip)
 
@@ -153,6 +154,8 @@ class OpenCLIPEncoder(DualEncoder):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Maps pixels in [0, 1], shape (B, 3, H, W), to unnormalised features of shape (B, D)."""
+        if not len(image):
+            return image.new_zeros(0, self.embed_dim)  # towers cannot reshape what is empty
         return cast(Tensor, cast(Any, self.model).encode_image(self.normalize_pixels(image)))
 
     def encode_text(self, text: Tensor) -> Tensor:
@@ -162,12 +165,30 @@ class OpenCLIPEncoder(DualEncoder):
                 f"Token ids of shape {tuple(text.shape)}, but this text tower has context length "
                 f"{self.text_spec.context_length}: tokenise with the encoder's own text_spec."
             )
+        if not len(text):
+            return text.new_zeros(0, self.embed_dim).float()  # towers cannot reshape what is empty
         return cast(Tensor, cast(Any, self.model).encode_text(text))
 
     def text_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters but those of ``visual``."""
         named = plain_names(dict(self.model.named_parameters()))
         return (p for name, p in named.items() if not name.startswith("visual."))
+
+    def stretch_context(self, length: int = LONG, keep: int = KEEP) -> None:
+        """Gives the text tower a longer context, in place; see ``models.stretch_context``."""
+        model = cast(Any, self.model)
+        tower = getattr(model, "text", model)
+        stretch_table(self, tower, "positional_embedding", length, keep)
+        for module in {model, tower}:
+            module.context_length = length
+            if getattr(module, "num_pos", None) is not None:
+                module.num_pos = length
+            if getattr(module, "attn_mask", None) is not None:
+                mask = module.attn_mask[:1, :1]
+                module.attn_mask = torch.full_like(mask, -torch.inf).repeat(length, length).triu_(1)
+        self.model_config["text_cfg"]["context_length"] = length
+        self.tokenizer.context_length = length
+        self._text_spec = TextSpec(self.tokenizer, length)
 
     def image_tokens(self, image: Tensor, layer: int = -2) -> Tensor:
         """Maps pixels to patch tokens of one block, shape (B, T, W), before the final norm and without class token.

@@ -5,6 +5,7 @@ from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.tasks.captioning import CaptioningTask
 from gmail_lightning.tasks.classification import ZeroShotClassificationTask
 from gmail_lightning.tasks.embedding import EmbeddingTask
+from gmail_lightning.tasks.encoder_task import EncoderTask
 from gmail_lightning.tasks.image_generation import ImageGenerationTask
 from gmail_lightning.tasks.linear_probe import LinearProbeTask
 from gmail_lightning.tasks.long_retrieval import LongRetrievalTask
@@ -16,6 +17,7 @@ __all__ = [
     "BaseTask",
     "CaptioningTask",
     "EmbeddingTask",
+    "EncoderTask",
     "ImageGenerationTask",
     "LinearProbeTask",
     "LongRetrievalTask",

@@ -16,14 +16,14 @@ from gmail_lightning.losses import alignment_loss, clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall, ModalityGap
 from gmail_lightning.models import DualEncoder, ImageEncoder, ModalityEncoder
 from gmail_lightning.models.second_stage import block_number, freeze_behind
-from gmail_lightning.tasks.base import BaseTask, in_chunks, paired_rows
+from gmail_lightning.tasks.encoder_task import EncoderTask, in_chunks, paired_rows
 from gmail_lightning.tasks.retrieval import update_recall
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
 LOWEST_TEMPERATURE = 0.01  # of a learned one: logits of at most 100, as CLIP caps its scale
 
 
-class AlignmentTask(BaseTask):
+class AlignmentTask(EncoderTask):
     """Trains LoRA on an image tower so that generated images land where the frozen tower puts their real partners.
 
     Eq. 1 of GMAIL (arXiv 2602.15368) by default: one-directional InfoNCE from generated to real images. Rows of the

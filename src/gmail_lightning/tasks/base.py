@@ -11,58 +11,22 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
-from gmail_lightning.models.base import ImageEncoder
-from gmail_lightning.models.modality import ModalityEncoder, is_adapter_key
 from gmail_lightning.optim import WarmupCosine, parameter_groups
 from gmail_lightning.tasks.checkpoint import SmallCheckpoints
-from gmail_lightning.tasks.feature_record import refuse_other_features
-from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
-
-
-def in_chunks(encode: Callable[..., Tensor], *rows: Tensor, chunk_size: int | None) -> Tensor:
-    """Encodes a batch in chunks whose activations are recomputed in the backward, with the exact gradients of one pass.
-
-    Args:
-        encode: Maps tensors of n rows to features (n, D).
-        rows: Tensors with B rows each.
-        chunk_size: Rows per chunk; None encodes in one piece and keeps the activations.
-
-    Returns:
-        Features of shape (B, D).
-    """
-    if chunk_size is None or len(rows[0]) <= chunk_size:
-        return encode(*rows)
-    pieces = zip(*(r.split(chunk_size) for r in rows), strict=True)
-    return torch.cat([checkpoint(encode, *piece, use_reentrant=False) for piece in pieces])
-
-
-def paired_rows(batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
-    """Masks (B,) of the generated and the real rows of a batch of pairs, pair by pair in the same order.
-
-    Raises:
-        MisconfigurationException: If the batch is not made of pairs.
-    """
-    generated = batch["modality"] == Modality.GENERATED
-    pair_id = batch["pair_id"]
-    if (pair_id < 0).any() or not torch.equal(pair_id[generated], pair_id[~generated]):
-        raise MisconfigurationException(
-            "The batch is not made of pairs, as this task needs: say mode='paired' for MixedModalityDataModule."
-        )
-    return generated, ~generated
+from gmail_lightning.types import ImageTextBatch, InputSpec
 
 
 class BaseTask(SmallCheckpoints, ABC):
     """What every task shares; a subclass says what is computed, not how it is logged, stored or resumed.
 
     Subclasses implement ``input_spec`` and, to be fitted, ``compute_losses``; to be evaluated, ``build_metrics`` and
-    ``update_metrics``. Checkpoints hold trainable tensors, adapters and projections, and the fingerprint of the frozen
-    encoder they belong to.
+    ``update_metrics``. Checkpoints hold trainable tensors, adapters and projections. A task around an
+    image encoder is an ``EncoderTask``.
 
     Args:
         optimizer: Called with the parameter groups of ``optim.parameter_groups``. Default: AdamW, lr 1e-4, weight
@@ -79,9 +43,6 @@ class BaseTask(SmallCheckpoints, ABC):
     uses_weights: ClassVar[bool] = False
     #: Arguments that training does not read: a run may be evaluated, or resumed, with others.
     evaluation_only: ClassVar[frozenset[str]] = frozenset()
-    #: Block whose patch tokens the task reads where features are cached; None for pooled features.
-    feature_layer: int | None = None
-    encoder: ImageEncoder
 
     def __init__(
         self,
@@ -122,7 +83,7 @@ class BaseTask(SmallCheckpoints, ABC):
     @property
     def pretrained(self) -> bool:
         """False where evaluating without a checkpoint would evaluate random weights."""
-        return self.encoder.pretrained
+        return True
 
     # Steps and logging
 
@@ -137,19 +98,6 @@ class BaseTask(SmallCheckpoints, ABC):
                 f"accumulate_grad_batches={accumulate} gives a batch-contrastive loss no further negatives. Raise "
                 "batch_size and set contrastive_chunk_size to fit it into memory, or set allow_small_negatives=True to "
                 "accept the smaller batch."
-            )
-        encoder = getattr(self, "encoder", None)
-        if isinstance(encoder, ModalityEncoder):
-            rank_zero_info(encoder.describe())
-        adapted = any(is_adapter_key(key) for key in self.state_dict())
-        if adapted and trainer.precision in (
-            "bf16-true",
-            "16-true",
-            "transformer-engine",
-            "transformer-engine-float16",
-        ):
-            raise MisconfigurationException(
-                f"precision={trainer.precision!r}: adapted weights are held in fp32; use bf16-mixed."
             )
         # Frozen modules have constant buffers; leaving them out keeps evaluation steps free of collectives under DDP.
         trained = self._trained_buffers()
@@ -179,15 +127,20 @@ class BaseTask(SmallCheckpoints, ABC):
 
     def _check_feature_stores(self, trains: bool) -> None:
         stores = getattr(getattr(self.trainer, "datamodule", None), "feature_stores", [])
-        if not stores:
-            return
-        encoder = getattr(self, "encoder", None)
-        if encoder is None:
-            raise MisconfigurationException(
-                f"{type(self).__name__} reads pixels and has no encoder that cached features could be of. Give the "
-                f"data set of {stores[0]['path']} without its store."
-            )
-        refuse_other_features(encoder, stores, self.feature_layer, trains)
+        if stores:
+            self.check_feature_stores(stores, trains)
+
+    def check_feature_stores(self, stores: list[dict[str, Any]], trains: bool) -> None:
+        """Refuses cached features that are not those of the task's encoder, here of a task that has none.
+
+        Args:
+            stores: What each store in use was made with.
+            trains: Whether the run fits.
+        """
+        raise MisconfigurationException(
+            f"{type(self).__name__} reads pixels and has no encoder that cached features could be of. Give the data "
+            f"set of {stores[0]['path']} without its store."
+        )
 
     def _step(self, batch: ImageTextBatch, stage: str) -> Tensor:
         if "weight" in batch and not self.uses_weights:
@@ -223,36 +176,6 @@ class BaseTask(SmallCheckpoints, ABC):
     def _evaluate(self, batch: ImageTextBatch, stage: str) -> None:
         metrics = self.metrics[f"{stage}/{batch.get('eval_set', 'eval')}".replace(".", "_")]
         self.update_metrics(cast(Any, metrics), batch)
-
-    def predict_step(self, batch: ImageTextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Features of a batch: ``image_features`` (B, D), ``modality`` (B,) and ``sample_key``."""
-        features = self.encode_images(batch)
-        return {"image_features": features, "modality": batch["modality"], "sample_key": batch["sample_key"]}
-
-    def encode_images(self, batch: ImageTextBatch, chunk_size: int | None = None) -> Tensor:
-        """Image features of a batch, cached ones in their rows and pixels through the branch of their modality.
-
-        Args:
-            batch: Rows of pixels, of cached features, or of both.
-            chunk_size: See ``in_chunks``.
-
-        Returns:
-            Features of shape (B, D); in fp32 where some are cached.
-        """
-        cached, modality = batch.get("image_features"), batch["modality"]
-        if cached is None:
-            return in_chunks(self.encode_pixels, batch["image"], modality, chunk_size=chunk_size)
-        if "image" not in batch:
-            return cached.float()[batch["feature_row"].argsort()]
-        live = in_chunks(self.encode_pixels, batch["image"], modality[batch["image_row"]], chunk_size=chunk_size)
-        rows = torch.cat([batch["image_row"], batch["feature_row"]])
-        return torch.cat([live.float(), cached.float()])[rows.argsort()]
-
-    def encode_pixels(self, image: Tensor, modality: Tensor) -> Tensor:
-        """Features of shape (n, D) for pixels (n, 3, H, W), every modality (n,) through its branch."""
-        if isinstance(self.encoder, ModalityEncoder):
-            return self.encoder.encode_image(image, modality)
-        return self.encoder.encode_image(image)
 
     def on_validation_epoch_end(self) -> None:
         """Computes and logs the metrics of every set."""

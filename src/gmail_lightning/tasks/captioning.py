@@ -22,13 +22,13 @@ from gmail_lightning.models import Captioner, DualEncoder, ImageEncoder, Modalit
 from gmail_lightning.models.fingerprint import frozen_weights, weights_difference
 from gmail_lightning.models.second_stage import block_number, freeze_behind, second_stage
 from gmail_lightning.tasks.accumulation import TokenMean
-from gmail_lightning.tasks.base import BaseTask
+from gmail_lightning.tasks.encoder_task import EncoderTask
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
 PREFIXES = {Modality.REAL: "", Modality.GENERATED: "generated_"}
 
 
-class CaptioningTask(BaseTask):
+class CaptioningTask(EncoderTask):
     """Trains a captioner on images of either modality, each seen through its branch, and tests it on real ones.
 
     The step of GMAIL (arXiv 2602.15368) that follows the alignment: the captioner reads generated images through the

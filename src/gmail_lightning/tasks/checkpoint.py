@@ -17,10 +17,8 @@ from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin, _g
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor
 
-from gmail_lightning.models.base import ImageEncoder
 from gmail_lightning.models.branches import check_classes
-from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
-from gmail_lightning.models.modality import ModalityEncoder, is_adapter_key
+from gmail_lightning.models.modality import is_adapter_key
 from gmail_lightning.models.weights import plain_names
 
 #: What ``torch.load(weights_only=True)`` reads back, by exact type: a subclass goes by the name of its class.
@@ -49,14 +47,7 @@ def _plain(value: Any) -> Any:
 
 
 class SmallCheckpoints(LightningModule):
-    """Keeps trainable tensors, adapters and projections, and the fingerprint of the frozen encoder they belong to."""
-
-    encoder: ImageEncoder
-    _base: tuple[frozenset[str], dict[str, Any]] | None = None  # what trained, and the fingerprint of the rest
-
-    def setup(self, stage: str) -> None:
-        """Forgets the fingerprint of an earlier run."""
-        self._base = None
+    """Keeps trainable tensors, adapters and projections."""
 
     def record_hyperparameters(self) -> None:
         """Call it first in a constructor, after ``super().__init__()``: saves the arguments of that constructor.
@@ -100,33 +91,14 @@ class SmallCheckpoints(LightningModule):
             for name, _ in module.named_buffers(recurse=False)
         }
 
-    def _frozen_base(self, kept: set[str]) -> dict[str, Any] | None:
-        """Fingerprint of what the encoder has frozen and the checkpoint leans on; computed once, it does not change."""
-        if getattr(self, "encoder", None) is None:
-            return None
-        own = frozenset(key.removeprefix("encoder.") for key in kept if key.startswith("encoder."))
-        if self._base is None or self._base[0] != own:
-            self._base = own, fingerprint(self.encoder, ("image", "text"), own)
-        base = self._base[1]
-        return base if base["weights"] else None
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drops frozen tensors and live arguments; adds the fingerprint of the frozen encoder, and the alignment."""
+        """Drops frozen tensors and live arguments."""
         for key in (self.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
             if isinstance(checkpoint.get(key), dict):
                 plain = {name: _plain(value) for name, value in checkpoint[key].items()}
                 checkpoint[key] = {name: value for name, value in plain.items() if value is not _LIVE}
         kept = self._kept_keys()
         checkpoint["state_dict"] = plain_names({k: v for k, v in checkpoint["state_dict"].items() if k in kept})
-        settings = checkpoint.get("hyper_parameters", {})
-        if isinstance(settings.get("aligned"), str) and isinstance(self.encoder, ModalityEncoder):
-            settings["aligned"] = self.encoder.settings  # the adapters themselves are in the state
-        alignment = getattr(getattr(self, "encoder", None), "alignment", None)
-        if alignment is not None:
-            checkpoint["alignment"] = alignment
-        base = self._frozen_base(kept)
-        if base is not None:
-            checkpoint["base_fingerprint"] = base
 
     @classmethod
     def load_from_checkpoint(  # noqa: D102
@@ -156,11 +128,10 @@ class SmallCheckpoints(LightningModule):
         return keys._replace(missing_keys=[key for key in keys.missing_keys if key in kept])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint fits: the same trained tensors, the same frozen base.
+        """Checks that the checkpoint fits: the same trained tensors.
 
         Raises:
-            MisconfigurationException: Naming the tensors that are missing or unknown, or both fingerprints and their
-                difference.
+            MisconfigurationException: Naming the tensors that are missing or unknown.
         """
         kept = set(plain_names(dict.fromkeys(self._kept_keys())))
         given = set(plain_names(checkpoint["state_dict"]))
@@ -170,32 +141,3 @@ class SmallCheckpoints(LightningModule):
                 f"The checkpoint does not fit {type(self).__name__}: missing {missing or 'nothing'}, unknown "
                 f"{unknown or 'nothing'}. Were rank, targets or projection changed?"
             )
-        self._refuse_other_settings(checkpoint.get("hyper_parameters", {}))
-        encoder: Any = getattr(self, "encoder", None)
-        if isinstance(encoder, ModalityEncoder):  # its adapters are those of the checkpoint now
-            encoder.alignment = checkpoint.get("alignment")
-        recorded = checkpoint.get("base_fingerprint")
-        if recorded is None:
-            return
-        found = fingerprint(self.encoder, recorded["towers"])
-        difference = fingerprint_difference(recorded, found)
-        if difference is not None:
-            raise MisconfigurationException(
-                f"The checkpoint was trained on another frozen encoder: it has fingerprint "
-                f"{fingerprint_digest(recorded)}, this one {fingerprint_digest(found)}; they differ in {difference}."
-            )
-
-    def _refuse_other_settings(self, hyperparameters: dict[str, Any]) -> None:
-        """Refuses settings of the branches that no tensor shows, such as ``alpha``: the features would be others."""
-        encoder = getattr(self, "encoder", None)
-        if not isinstance(encoder, ModalityEncoder):
-            return
-        aligned = hyperparameters.get("aligned")
-        recorded = {**hyperparameters, **(aligned if isinstance(aligned, dict) else {})}
-        for name, value in encoder.settings.items():
-            given = recorded.get(name, value)
-            if (list(given) if isinstance(given, tuple) else given) != value:
-                raise MisconfigurationException(
-                    f"The checkpoint was trained with {name}={given!r} of its branches, and here it is {value!r}. Give "
-                    "the settings, or the alignment, that it was trained with."
-                )

@@ -20,7 +20,7 @@ from gmail_lightning.metrics import ZeroShotAccuracy
 from gmail_lightning.metrics.retrieval import full_precision
 from gmail_lightning.models import DualEncoder, ModalityEncoder
 from gmail_lightning.models.second_stage import second_stage
-from gmail_lightning.tasks.base import BaseTask, in_chunks
+from gmail_lightning.tasks.encoder_task import EncoderTask, in_chunks
 from gmail_lightning.tasks.logit_scale import CAP, capped_scale, check_cap, hold_cap
 from gmail_lightning.transforms.text import fill, given_templates
 from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality
@@ -34,7 +34,7 @@ def distinct_names(names: Sequence[str]) -> list[str]:
     return [name if count[name] == 1 else f"{name} (label {label})" for label, name in enumerate(names)]
 
 
-class ClassificationTask(BaseTask):
+class ClassificationTask(EncoderTask):
     """What tasks that tell classes apart share: the classes come from the data sets, and accuracy is their measure.
 
     Subclasses implement ``scores``. Real and generated images are evaluated apart.

@@ -9,12 +9,12 @@ from torch import Tensor
 from gmail_lightning.models import ImageEncoder
 from gmail_lightning.models.modality import ModalityEncoder
 from gmail_lightning.models.second_stage import second_stage
-from gmail_lightning.tasks.base import BaseTask
+from gmail_lightning.tasks.encoder_task import EncoderTask
 from gmail_lightning.tasks.feature_record import feature_record
 from gmail_lightning.types import InputSpec, Modality
 
 
-class EmbeddingTask(BaseTask):
+class EmbeddingTask(EncoderTask):
     """Predicts image features: pooled ones of shape (B, D), or the patch tokens (B, T, W) of one block.
 
     With the callback ``FeatureWriter``, ``predict`` writes a store that ``datasets.FeatureStore`` reads.

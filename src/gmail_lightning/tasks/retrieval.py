@@ -13,12 +13,12 @@ from gmail_lightning.losses import clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall
 from gmail_lightning.models import DualEncoder
 from gmail_lightning.models.second_stage import second_stage
-from gmail_lightning.tasks.base import BaseTask, in_chunks, paired_rows
+from gmail_lightning.tasks.encoder_task import EncoderTask, in_chunks, paired_rows
 from gmail_lightning.tasks.logit_scale import CAP, capped_scale, check_cap, hold_cap
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
 
-class RetrievalTask(BaseTask):
+class RetrievalTask(EncoderTask):
     """Image-text contrast of a dual encoder: CLIP's loss, or SigLIP's where the encoder has a logit bias.
 
     With ``text_side`` it is the step of GMAIL (arXiv 2602.15368) that follows the alignment: the image tower stays as
