@@ -11,7 +11,7 @@ from torch import Tensor
 from gmail_lightning.models.base import ImageEncoder
 from gmail_lightning.models.branches import build_encoder
 from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference
-from gmail_lightning.models.lora import LoRA, merge_lora
+from gmail_lightning.models.lora import LoRA, lora_blocks, merge_lora
 from gmail_lightning.models.modality import ModalityEncoder, is_adapter_key
 from gmail_lightning.models.open_clip import OpenCLIPEncoder, save_open_clip
 from gmail_lightning.models.weights import plain_names
@@ -70,9 +70,9 @@ def _merged(path: str | Path, encoder: ImageEncoder | None, branch: str) -> tupl
         branches = ModalityEncoder.from_checkpoint(path, encoder)
         plain = _open_clip(branches.encoder, path)
         if branch == "real" and branches.real_path != "adapted":
-            for name, parameter in branches.image_adapters():
-                if name.endswith(".B"):
-                    parameter.data.zero_()
+            for roles in lora_blocks(plain).values():
+                for factors in roles.values():
+                    factors.B.data.zero_()
         state = merge_lora(plain) if isinstance(getattr(plain, "lora", None), LoRA) else dict(plain.model.state_dict())
         projection = branches.real_projection if branch == "real" else branches.generated_projection
         if projection is not None:

@@ -18,6 +18,7 @@ from gmail_lightning.metrics.java_tools import JavaError
 from gmail_lightning.models import ClipCap, Llava
 from gmail_lightning.models.fingerprint import frozen_weights, weights_difference
 from gmail_lightning.tasks import CaptioningTask, EmbeddingTask, captioning
+from gmail_lightning.tasks.encoder_task import reaching
 from gmail_lightning.types import Modality
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
@@ -323,3 +324,13 @@ def test_settings_that_cannot_work_are_refused() -> None:
     tokens.feature_layer = 5
     with pytest.raises(ValueError, match="feature_layer=5: this tower has 2 blocks"):
         task(captioner=tokens)
+
+
+def test_a_loss_reaches_parameters_that_it_does_not_depend_on() -> None:
+    """Without a change of its value, also where such a parameter is infinite."""
+    used, unused = torch.tensor(3.0, requires_grad=True), torch.full((2, 2), torch.inf, requires_grad=True)
+    loss = reaching(used.square(), [unused, used])
+    assert loss.item() == 9.0
+    (2 * loss).backward()
+    assert used.grad == 12.0
+    assert torch.equal(unused.grad, torch.zeros(2, 2))

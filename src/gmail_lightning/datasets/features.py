@@ -84,12 +84,18 @@ class FeatureStore(ImageTextDataset):
                     f"{dataset.describe(row)} has {name} {getattr(dataset, name)[row]}, but in {self.path} it is "
                     f"{rows[name][own[row]].as_py()} ({other.sum()} such rows): the store was written for other data."
                 )
-        missing = own < 0
-        if missing.any():
+        missing = np.flatnonzero(own < 0)
+        if len(missing):
+            keys = pa.array([dataset.sample_key(row) for row in missing.tolist()], pa.string())
+            known = rows["key"].cast(pa.string()).combine_chunks()
+            named = pc.is_in(keys, value_set=known).to_numpy(zero_copy_only=False)
+            note = (
+                ", which was changed after its features were written, or is another of its name" if named.any() else ""
+            )
             raise DataError(
                 f"{self.path} has no features of {len(np.unique(ids[missing]))} of {len(np.unique(ids))} images, such "
-                f"as {dataset.describe(int(missing.argmax()))}; it holds {len(rows)}. Write a store for all of them, "
-                "or give the data set that it was written for."
+                f"as {dataset.describe(int(missing[named.argmax()]))}{note}; it holds {len(rows)}. Write a store for "
+                "all of them, or give the data set that it was written for."
             )
         self._refuse_changed(np.unique(ids, return_index=True)[1], own, rows)
         return own

@@ -68,19 +68,22 @@ def load_llava(path: str, tokenizer: str | None = None, dtype: str = "float32") 
             an encoder does not.
         RuntimeError: If something cannot be fetched.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+    from transformers import LlavaForConditionalGeneration as Published
 
-    # Under the same name, by which transformers finds out how the keys of older files are renamed.
-    names = {"__module__": LlavaForConditionalGeneration.__module__}
-    kept: dict[str, Any] = {**names, "_keep_in_fp32_modules_strict": {"multi_modal_projector"}}
-    with_fp32_projector: Any = type("LlavaForConditionalGeneration", (LlavaForConditionalGeneration,), kept)
+    class LlavaForConditionalGeneration(Published):  # type: ignore[misc]
+        """By its own name, from which transformers knows how the keys of older files are renamed."""
+
+        __module__ = Published.__module__
+        _keep_in_fp32_modules_strict = {"multi_modal_projector"}  # noqa: RUF012
+
     try:
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "llava":
             raise ValueError(f"{path} is a {config.model_type} model, no llava: build it from parts (language_model).")
         layer = _layer(path, config)
         with plain_files(path) as plain:
-            llava, info = with_fp32_projector.from_pretrained(plain, dtype=dtype, output_loading_info=True)
+            llava, info = LlavaForConditionalGeneration.from_pretrained(plain, dtype=dtype, output_loading_info=True)
         words = load_tokenizer(tokenizer or path)
         if words.chat_template is None and tokenizer is None:  # older files have it beside the processor
             words.chat_template = AutoProcessor.from_pretrained(path).chat_template

@@ -138,6 +138,13 @@ def merge_lora(encoder: ImageEncoder) -> dict[str, Tensor]:
     return merged
 
 
+def lora_blocks(encoder: ImageEncoder, tower: Tower = "image") -> dict[int, dict[str, LowRank]]:
+    """Returns the factors of a tower by block and role; empty where it has no LoRA."""
+    container = getattr(encoder, "lora", None)
+    blocks: Any = container[tower] if isinstance(container, LoRA) and tower in container else {}
+    return {int(number): dict(roles.items()) for number, roles in blocks.items()}
+
+
 def block_targets(blocks: Iterable[nn.Module], roles: Collection[str]) -> list[LoRATarget]:
     """Finds the matrices of the given roles in transformer blocks of open_clip, timm or transformers.
 

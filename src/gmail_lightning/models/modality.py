@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gmail_lightning.models.base import ROLES, DualEncoder, ImageEncoder, LoRATarget, Tower
 from gmail_lightning.models.branches import build_encoder, read_branches
-from gmail_lightning.models.lora import add_lora, lora_disabled
+from gmail_lightning.models.lora import add_lora, lora_blocks, lora_disabled
 from gmail_lightning.types import ImageSpec, Modality, TextSpec
 
 RealPath = Literal["frozen", "projected", "adapted"]
@@ -205,9 +205,32 @@ class ModalityEncoder(DualEncoder):
 
     def image_adapters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and tensors of what routes images: LoRA of the image tower and the image projections."""
-        for name, parameter in self.named_parameters():
-            if name.startswith(("encoder.lora.image.", "generated_projection.", "real_projection.")):
-                yield name, parameter
+        return self._named([*self._factors(), self.real_projection, self.generated_projection])
+
+    def branch_adapters(self, which: Modality, pooled: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and tensors that the branch of a modality adds to the plain tower.
+
+        Args:
+            which: The modality.
+            pooled: Whether pooled features are meant; the projections take no part in patch tokens.
+        """
+        projection = (self.real_projection, self.generated_projection)[which] if pooled else None
+        adapted = which is Modality.GENERATED or self.real_path == "adapted"
+        return self._named([*(self._factors() if adapted else []), projection])
+
+    def freeze_behind(self, block: int) -> None:
+        """Freezes the adapters that the patch tokens of a block do not pass: of later blocks, and the projections."""
+        for module in (*self._factors(behind=block), self.real_projection, self.generated_projection):
+            if module is not None:
+                module.requires_grad_(False)
+
+    def _factors(self, behind: int = -1) -> list[nn.Module]:
+        blocks = lora_blocks(self.encoder).items()
+        return [factors for number, roles in blocks if number > behind for factors in roles.values()]
+
+    def _named(self, modules: Iterable[nn.Module | None]) -> Iterator[tuple[str, nn.Parameter]]:
+        own = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+        return ((name, parameter) for name, parameter in self.named_parameters() if id(parameter) in own)
 
     def describe(self) -> str:
         """Says in one line which way each modality goes and what is trained."""

@@ -89,10 +89,3 @@ def block_number(encoder: ImageEncoder, layer: int, name: str = "layer") -> int:
     if not -num_blocks <= layer < num_blocks:
         raise ValueError(f"{name}={layer}: this tower has {num_blocks} blocks, and -1 is the last.")
     return layer % num_blocks
-
-
-def freeze_behind(encoder: ModalityEncoder, block: int) -> None:
-    """Freezes the adapters that the patch tokens of a block do not pass: those of later blocks, and the projections."""
-    for name, parameter in encoder.image_adapters():  # encoder.lora.image.<block>.<role>.<factor>, or a projection
-        if not name.startswith("encoder.lora.") or int(name.split(".")[3]) > block:
-            parameter.requires_grad_(False)

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from gmail_lightning.losses import alignment_loss, clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall, ModalityGap
 from gmail_lightning.models import DualEncoder, ImageEncoder, ModalityEncoder
-from gmail_lightning.models.second_stage import block_number, freeze_behind
+from gmail_lightning.models.second_stage import block_number
 from gmail_lightning.tasks.encoder_task import EncoderTask, in_chunks, paired_rows
 from gmail_lightning.tasks.retrieval import update_recall
 from gmail_lightning.types import ImageTextBatch, InputSpec
@@ -126,7 +126,7 @@ class AlignmentTask(EncoderTask):
                 raise ValueError(
                     "A projection acts on pooled features, and no term on these has a weight: leave it out."
                 )
-            freeze_behind(self.encoder, last_block)  # no loss reaches what lies behind the patch tokens
+            self.encoder.freeze_behind(last_block)  # no loss reaches what lies behind the patch tokens
         self.contrastive_chunk_size = contrastive_chunk_size
         learnable = learnable_temperature and (alignment_weight > 0 or patch_weight > 0)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learnable)

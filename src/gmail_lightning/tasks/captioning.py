@@ -20,9 +20,9 @@ from gmail_lightning.metrics import CaptionStatistics, CocoCaptionScore, Multipl
 from gmail_lightning.metrics.captioning import JAVA_METRICS
 from gmail_lightning.models import Captioner, DualEncoder, ImageEncoder, ModalityEncoder
 from gmail_lightning.models.fingerprint import frozen_weights, weights_difference
-from gmail_lightning.models.second_stage import block_number, freeze_behind, second_stage
+from gmail_lightning.models.second_stage import block_number, second_stage
 from gmail_lightning.tasks.accumulation import TokenMean
-from gmail_lightning.tasks.encoder_task import EncoderTask
+from gmail_lightning.tasks.encoder_task import EncoderTask, reaching
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
 PREFIXES = {Modality.REAL: "", Modality.GENERATED: "generated_"}
@@ -107,7 +107,7 @@ class CaptioningTask(EncoderTask):
         CocoCaptionScore(metrics, timeout=java_timeout)  # refuses unknown names now, not after the first epoch
         self.encoder = second_stage(encoder, aligned, train_adapters=train_adapters)
         if captioner.feature_layer is not None:
-            freeze_behind(self.encoder, block_number(encoder, captioner.feature_layer, "feature_layer"))
+            self.encoder.freeze_behind(block_number(encoder, captioner.feature_layer, "feature_layer"))
         self.captioner, self.feature_layer = captioner, captioner.feature_layer
         self.text_noise, self.label_smoothing = text_noise, label_smoothing
         self.score_names, self.min_unique_captions = list(metrics), min_unique_captions
@@ -183,8 +183,8 @@ class CaptioningTask(EncoderTask):
             weight=batch.get("weight"),
             label_smoothing=self.label_smoothing,
         )
-        if self.train_adapters:  # a batch of real rows alone does not pass them; DDP waits for a gradient
-            loss = loss + 0.0 * sum(p.sum() for _, p in self.encoder.image_adapters() if p.requires_grad)
+        if self.train_adapters:  # a batch of real rows alone does not pass them
+            loss = reaching(loss, [p for _, p in self.encoder.image_adapters() if p.requires_grad])
         cut = self.captioner.truncated
         return {"loss": loss, **({"truncated": torch.tensor(float(cut))} if cut else {})}
 

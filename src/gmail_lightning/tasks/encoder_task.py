@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gmail_lightning.models.base import ImageEncoder
@@ -34,6 +34,22 @@ def in_chunks(encode: Callable[..., Tensor], *rows: Tensor, chunk_size: int | No
         return encode(*rows)
     pieces = zip(*(r.split(chunk_size) for r in rows), strict=True)
     return torch.cat([checkpoint(encode, *piece, use_reentrant=False) for piece in pieces])
+
+
+def reaching(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The same loss, with gradients of zero for parameters that it does not depend on: DDP waits for every gradient."""
+    return cast(Tensor, _Reaching.apply(loss, *parameters))
+
+
+class _Reaching(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return (*gradients, *map(torch.zeros_like, ctx.saved_tensors))
 
 
 def paired_rows(batch: ImageTextBatch) -> tuple[Tensor, Tensor]:

@@ -119,10 +119,7 @@ def _branch(encoder: ImageEncoder, which: Modality, layer: int | None) -> dict[s
     """What the branch of a modality adds to the plain tower; the projections take no part in patch tokens."""
     if not isinstance(encoder, ModalityEncoder):
         return {}
-    parts = [f"{which.name.lower()}_projection."] if layer is None else []
-    if which is Modality.GENERATED or encoder.real_path == "adapted":
-        parts.append("encoder.lora.image.")
-    return {name: value for name, value in encoder.image_adapters() if name.startswith(tuple(parts))}
+    return dict(encoder.branch_adapters(which, pooled=layer is None))
 
 
 def _changes(encoder: ImageEncoder, which: Modality, layer: int | None) -> bool:
