@@ -149,6 +149,10 @@ def test_keys_that_share_a_dot_are_no_one_group(tmp_path: Path) -> None:
         cut = next(member for member in archive if member.name == "shard.5.png").offset
     tar.write_bytes(tar.read_bytes()[: cut + 600])
     assert list(as_stream(tar).captions) == [f"shard.{n}" for n in range(5)]
+    members = [m for n in range(10) for m in pair(f"shard.{n}", n)]
+    tar = write_tar(tmp_path / "a.tar", [members[0], *members[2:]])  # the first has no caption
+    tar.write_bytes(tar.read_bytes()[:cut])
+    assert list(as_stream(tar).captions) == [f"shard.{n}" for n in range(1, 5)]
 
 
 @reader

@@ -51,7 +51,7 @@ def may_belong(key: str, found: Mapping[str, Mapping[str, Any]]) -> bool:
     shortest = min(found, key=len)
     if key in found or key.startswith(f"{shortest}.") or shortest.startswith(f"{key}."):
         return True
-    alone = any(len(members) == 1 for members in found.values())  # a.1.png and a.2.png, or a.depth.png before a.png
+    alone = all(len(members) == 1 for members in found.values())  # a.1.png and a.2.png, or a.depth.png before a.png
     return alone and key.rpartition(".")[0] == shortest.rpartition(".")[0] != ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
@@ -10,23 +9,14 @@ from typing import Any, Literal, Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from gmail_lightning.models.base import ROLES, DualEncoder, ImageEncoder, LoRATarget, Tower
+from gmail_lightning.models.adapter_keys import add_prefix, drop_prefix, is_adapter_key
+from gmail_lightning.models.base import DualEncoder, ImageEncoder, LoRATarget, Tower
 from gmail_lightning.models.branches import build_encoder, read_branches
 from gmail_lightning.models.lora import add_lora, lora_blocks, lora_disabled
 from gmail_lightning.types import ImageSpec, Modality, TextSpec
 
 RealPath = Literal["frozen", "projected", "adapted"]
 TextSide = Literal["frozen", "lora", "projection", "full"]
-
-_PROJECTIONS = ("generated_projection", "real_projection", "text_side_projection")
-_ADAPTER_KEY = re.compile(
-    rf"(^|\.)(lora\.(image|text)\.\d+\.({'|'.join(ROLES)})\.[AB]|({'|'.join(_PROJECTIONS)})\.weight)$"
-)
-
-
-def is_adapter_key(key: str) -> bool:
-    """Whether a key of a state dict belongs to an adapter: factors of LoRA, or a projection."""
-    return _ADAPTER_KEY.search(key) is not None
 
 
 class ModalityEncoder(DualEncoder):
@@ -96,8 +86,8 @@ class ModalityEncoder(DualEncoder):
         elif text_side == "full":
             for parameter in self._dual.text_parameters():
                 parameter.requires_grad_(True)
-        self.register_state_dict_post_hook(_drop_prefix)
-        self.register_load_state_dict_pre_hook(_add_prefix)
+        self.register_state_dict_post_hook(drop_prefix)
+        self.register_load_state_dict_pre_hook(add_prefix)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode of the projections; the tower stays in eval."""
@@ -306,17 +296,3 @@ def _project(features: Tensor, projection: nn.Linear | None) -> Tensor:
         return features
     with torch.autocast(features.device.type, enabled=False):
         return cast(Tensor, projection(features.float())).to(features.dtype)
-
-
-def _drop_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """Hook after ``state_dict``: the wrapped encoder's keys stand beside the projections."""
-    inner = f"{prefix}encoder."
-    moved = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(inner)}
-    state_dict.update({prefix + key.removeprefix(inner): value for key, value in moved.items()})
-
-
-def _add_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hook before ``load_state_dict``: the way back."""
-    own = tuple(f"{prefix}{name}." for name in _PROJECTIONS)
-    moved = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix) and not key.startswith(own)}
-    state_dict.update({f"{prefix}encoder.{key.removeprefix(prefix)}": value for key, value in moved.items()})

@@ -11,9 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gmail_lightning.models.adapter_keys import is_adapter_key
 from gmail_lightning.models.base import ImageEncoder
 from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
-from gmail_lightning.models.modality import ModalityEncoder, is_adapter_key
+from gmail_lightning.models.modality import ModalityEncoder
 from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.tasks.feature_record import refuse_other_features
 from gmail_lightning.types import ImageTextBatch, Modality
