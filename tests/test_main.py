@@ -299,3 +299,8 @@ def test_what_fails_in_a_worker_is_told_in_one_line(capsys: pytest.CaptureFixtur
             wrapped.reraise()
         assert _fail(3, "Data problem", told.value) == 3
         assert capsys.readouterr().err == "Data problem: a.csv row 2: no file a.png\n"
+
+
+def test_a_checkpoint_that_is_not_there_is_told_before_all_else(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["export", str(tmp_path / "nope.ckpt")]) == 2
+    assert "nope.ckpt: no such checkpoint; a relative path starts from" in capsys.readouterr().err

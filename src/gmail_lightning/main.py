@@ -76,6 +76,9 @@ def _export(args: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="new folder; default: the checkpoint's name beside it")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     given = parser.parse_args(args)
+    if not given.checkpoint.exists():
+        fault = f"{given.checkpoint}: no such checkpoint; a relative path starts from {Path.cwd()}. Give one of a run, "
+        return _fail(2, "Not exported", FileNotFoundError(f"{fault}runs/NAME/TIME/checkpoints/last.ckpt."))
     out = given.out or given.checkpoint.with_name(f"{given.checkpoint.stem}-{given.to}")
     from gmail_lightning.export import export_checkpoint
 

@@ -109,6 +109,11 @@ def test_faults_of_a_data_set(attributes: dict[str, Any], told: str | None) -> N
             check_dataset(data)
 
 
+def test_another_class_is_told() -> None:
+    with pytest.raises(AssertionError, match="list is no ImageTextDataset: make it a subclass"):
+        check_dataset([1])  # type: ignore[arg-type]
+
+
 def test_no_rows() -> None:
     data = Own()
     data.modality = data.modality[:0]

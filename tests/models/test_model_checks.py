@@ -34,6 +34,11 @@ def test_our_encoders(tiny: Callable[..., Any], kind: str) -> None:
     check_encoder(tiny(kind))
 
 
+@pytest.mark.parametrize("check", [check_encoder, check_captioner, check_generator])
+def test_another_class_is_told(check: Callable[[Any], None]) -> None:
+    assert "Linear is no " in faults(check, nn.Linear(3, 3))
+
+
 def test_an_encoder_without_lora_targets_passes() -> None:
     class Plain(OpenCLIPEncoder):
         def lora_targets(self, roles, tower="image"):

@@ -154,8 +154,9 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
         try:
             return self.read_image(index)
         except FileNotFoundError as error:
+            start = "" if Path(str(error.filename)).is_absolute() else f" (a relative path starts from {Path.cwd()})"
             raise ImageDecodeError(
-                f"{self.describe(index)}: no file {error.filename}{_twin(error.filename)}"
+                f"{self.describe(index)}: no file {error.filename}{start}{_twin(error.filename)}"
             ) from error
         except (OSError, ImageDecodeError) as error:
             raise ImageDecodeError(f"{self.describe(index)}: {error}") from error

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from gmail_lightning.datasets.base import ImageTextDataset
-from gmail_lightning.testing.faults import outcome, report
+from gmail_lightning.testing.faults import outcome, report, require
 from gmail_lightning.types import Modality
 
 ROWS = 16  # of a data set that are looked at, spread over it
@@ -20,6 +20,7 @@ def check_dataset(dataset: ImageTextDataset) -> None:
     Raises:
         AssertionError: With one sentence per fault.
     """
+    require(dataset, ImageTextDataset)
     report(dataset, _dataset_faults(dataset))
 
 

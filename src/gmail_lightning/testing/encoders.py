@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gmail_lightning.models.base import ROLES, DualEncoder, ImageEncoder
 from gmail_lightning.models.modality import ModalityEncoder
-from gmail_lightning.testing.faults import CAPTIONS, outcome, reload_faults, report
+from gmail_lightning.testing.faults import CAPTIONS, outcome, reload_faults, report, require
 from gmail_lightning.types import Modality
 
 
@@ -26,6 +26,7 @@ def check_encoder(encoder: ImageEncoder) -> None:
     Raises:
         AssertionError: With one sentence per fault.
     """
+    require(encoder, ImageEncoder)
     report(encoder, _encoder_faults(copy.deepcopy(encoder).eval()))
 
 
@@ -81,7 +82,7 @@ def _text_faults(encoder: DualEncoder) -> Iterator[str]:
     yield from faults
     if not faults:
         yield from _feature_faults("encode_text", features, encoder, lambda rows: encoder.encode_text(text[rows]))
-    scale = encoder.logit_scale
+    scale = encoder.logit_scale.detach()
     if scale.numel() != 1 or not float(scale) > 0:
         yield f"logit_scale is {scale.tolist()}: return one positive number, already exponentiated."
 

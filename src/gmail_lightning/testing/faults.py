@@ -19,6 +19,14 @@ def report(checked: Any, faults: Iterator[str]) -> None:
         raise AssertionError("\n".join([f"{type(checked).__name__}: {len(found)} faults.", *(f"- {f}" for f in found)]))
 
 
+def require(checked: Any, base: type) -> None:
+    """Raises an AssertionError unless an object is of the class whose surface is checked."""
+    if not isinstance(checked, base):
+        raise AssertionError(
+            f"{type(checked).__name__} is no {base.__name__}: make it a subclass of {base.__module__}.{base.__name__}."
+        )
+
+
 def outcome(what: str, call: Callable[[], Any]) -> tuple[Any, list[str]]:
     """What a call returns, or the fault that it raises."""
     try:

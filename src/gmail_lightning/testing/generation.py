@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.models.base import Captioner, ImageGenerator
-from gmail_lightning.testing.faults import CAPTIONS, outcome, plain_faults, reload_faults, report
+from gmail_lightning.testing.faults import CAPTIONS, outcome, plain_faults, reload_faults, report, require
 
 RECIPE = ("generator", "revision", "scheduler", "steps", "guidance", "size")
 
@@ -25,6 +25,7 @@ def check_captioner(captioner: Captioner, image_dim: int = 16, tokens: int = 5) 
     Raises:
         AssertionError: With one sentence per fault.
     """
+    require(captioner, Captioner)
     shape = (len(CAPTIONS), *(() if captioner.feature_layer is None else (tokens,)), captioner.image_dim or image_dim)
     features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     report(captioner, _captioner_faults(copy.deepcopy(captioner), features))
@@ -36,6 +37,7 @@ def check_generator(generator: ImageGenerator) -> None:
     Raises:
         AssertionError: With one sentence per fault.
     """
+    require(generator, ImageGenerator)
     report(generator, _generator_faults(generator))
 
 
