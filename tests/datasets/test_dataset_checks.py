@@ -109,6 +109,17 @@ def test_faults_of_a_data_set(attributes: dict[str, Any], told: str | None) -> N
             check_dataset(data)
 
 
+def test_what_a_check_runs_into_is_the_last_fault() -> None:
+    data = Own()
+    data.image_id = np.arange(2.0)
+    vars(data)["read_image"] = lambda index: 1 / 0
+    with pytest.raises(AssertionError, match=r"(?s)image_id is float64.*the check ends here, for ZeroDivisionError"):
+        check_dataset(data)
+    del data.image_id
+    with pytest.raises(AssertionError, match=r"AttributeError is raised: .*image_id.* Mend this first"):
+        check_dataset(data)
+
+
 def test_another_class_is_told() -> None:
     with pytest.raises(AssertionError, match="list is no ImageTextDataset: make it a subclass"):
         check_dataset([1])  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from gmail_lightning.datasets.base import ImageTextDataset
+from gmail_lightning.datasets.base import ImageTextDataset, one_line
 from gmail_lightning.testing.faults import outcome, report, require
 from gmail_lightning.types import Modality
 
@@ -56,8 +56,8 @@ def _dataset_faults(dataset: ImageTextDataset) -> Iterator[str]:
     for texts, of in dataset.caption_blocks():
         for text, row in zip(texts.to_pylist(), of.tolist(), strict=True):
             if row in told:
-                told[row].append(" ".join(text.split()))
-    if any(told[row] != [" ".join(text.split()) for text in dataset.captions(row)] for row in rows):
+                told[row].append(one_line(text))
+    if any(told[row] != [one_line(text) for text in dataset.captions(row)] for row in rows):
         yield "caption_blocks and captions differ: leave caption_blocks out, it is there for speed."
     if dataset.file_ids().shape != (size,):
         yield "file_ids does not give one number per row."

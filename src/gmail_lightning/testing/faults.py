@@ -13,8 +13,13 @@ CAPTIONS = ["a red mug on a table", "two dogs", "a sign that says stop"]
 
 
 def report(checked: Any, faults: Iterator[str]) -> None:
-    """Raises an AssertionError that lists the faults, where there are any."""
-    found = list(faults)
+    """Raises an AssertionError that lists the faults, where there are any; what a check runs into is one, the last."""
+    found: list[str] = []
+    try:
+        for fault in faults:
+            found.append(fault)
+    except Exception as error:
+        found.append(f"the check ends here, for {type(error).__name__} is raised: {error}. Mend this first.")
     if found:
         raise AssertionError("\n".join([f"{type(checked).__name__}: {len(found)} faults.", *(f"- {f}" for f in found)]))
 
