@@ -28,6 +28,7 @@ from gmail_lightning.datamodules.stream_rows import StreamRows
 from gmail_lightning.datamodules.stream_samples import ShardReader
 from gmail_lightning.datasets import DataError, ManifestDataset, TarShards, tar_index
 from gmail_lightning.datasets.base import ModalityName
+from gmail_lightning.datasets.tar_members import may_belong
 
 Members = list[tuple[str, bytes]]
 
@@ -153,6 +154,25 @@ def test_keys_that_share_a_dot_are_no_one_group(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [members[0], *members[2:]])  # the first has no caption
     tar.write_bytes(tar.read_bytes()[:cut])
     assert list(as_stream(tar).captions) == [f"shard.{n}" for n in range(1, 5)]
+
+
+@pytest.mark.parametrize(
+    ("key", "others", "belongs"),
+    [
+        ("a", {"a": 1}, True),
+        ("a.mask", {"a": 2}, True),
+        ("a", {"a.mask": 1}, True),
+        ("a.edge", {"a.mask": 1}, True),  # a may follow
+        ("a.2", {"a.1": 2}, False),
+        ("x.aa", {"x.aa": 1, "x.bb": 2}, True),
+        ("b", {"a": 1}, False),
+        ("a.b/2", {"a.b/1": 1}, False),  # the dot is of a folder
+        ("a.b/1.2", {"a.b/1.1": 1}, True),
+    ],
+)
+def test_what_may_belong_to_a_sample(key: str, others: dict[str, int], belongs: bool) -> None:
+    found = {other: dict.fromkeys(["image", "txt"][:number], b"") for other, number in others.items()}
+    assert may_belong(key, found) is belongs
 
 
 @reader

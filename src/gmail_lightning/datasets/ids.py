@@ -145,6 +145,11 @@ def known_by(name: str, size: int, read: Callable[[int, int], bytes]) -> str:
     return f"{unicodedata.normalize('NFC', name)}/{size}/{digest.hexdigest()}"
 
 
+def read_at(descriptor: int, start: int = 0) -> Callable[[int, int], bytes]:
+    """Returns how to read so many bytes from an offset behind ``start`` of an open file."""
+    return lambda offset, length: os.pread(descriptor, length, start + offset)
+
+
 def _file_known_by(path: str) -> str:
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -152,7 +157,7 @@ def _file_known_by(path: str) -> str:
         return os.path.realpath(path)
     try:
         size = os.fstat(descriptor).st_size
-        return known_by(os.path.basename(path), size, lambda offset, length: os.pread(descriptor, length, offset))
+        return known_by(os.path.basename(path), size, read_at(descriptor))
     except OSError:  # a folder, or a disk that fails
         return os.path.realpath(path)
     finally:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from gmail_lightning.cache import cache_folder
 from gmail_lightning.datasets.base import DataError
-from gmail_lightning.datasets.ids import id_text, known_by, stable_ids
+from gmail_lightning.datasets.ids import id_text, known_by, read_at, stable_ids
 from gmail_lightning.datasets.tar_fields import FIELDS, TEXTS, parquet_beside, refuse_generated, with_parquet
 from gmail_lightning.datasets.tar_members import (
     beside_sample,
@@ -118,7 +118,7 @@ def index_tar(path: Path, described: bool = False) -> tuple[pa.Table, dict[str, 
             for name in FIELDS:
                 columns[name].append(fields.get(name))
             offset, size = found.get("image", (0, 0))
-            names.append(known_by(key, size, lambda at, n, start=offset: os.pread(file.fileno(), n, start + at)))  # type: ignore[misc]
+            names.append(known_by(key, size, read_at(file.fileno(), offset)))
     table = pa.table(columns, schema=TEXTS)
     if beside is not None:
         table = with_parquet(table, beside)

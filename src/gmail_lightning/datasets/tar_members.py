@@ -52,7 +52,14 @@ def may_belong(key: str, found: Mapping[str, Mapping[str, Any]]) -> bool:
     if key in found or key.startswith(f"{shortest}.") or shortest.startswith(f"{key}."):
         return True
     alone = all(len(members) == 1 for members in found.values())  # a.1.png and a.2.png, or a.depth.png before a.png
-    return alone and key.rpartition(".")[0] == shortest.rpartition(".")[0] != ""
+    stem = _before_last_dot(key)
+    return alone and stem != "" and stem == _before_last_dot(shortest)
+
+
+def _before_last_dot(key: str) -> str:
+    """A key up to its last dot; empty where only a folder of it has one."""
+    folder, slash, last = key.rpartition("/")
+    return folder + slash + last.rpartition(".")[0] if "." in last else ""
 
 
 def beside_sample(key: str, members: Mapping[str, Any], with_image: Container[str]) -> str | None:
