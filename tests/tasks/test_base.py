@@ -18,7 +18,7 @@ from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset
 from gmail_lightning.models import OpenCLIPEncoder
 from gmail_lightning.tasks import AlignmentTask, RetrievalTask
-from gmail_lightning.tasks.encoder_task import in_chunks
+from gmail_lightning.tasks.base import in_chunks
 
 TINY = {
     "embed_dim": 16,

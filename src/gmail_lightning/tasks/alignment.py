@@ -16,7 +16,8 @@ from gmail_lightning.losses import alignment_loss, clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall, ModalityGap
 from gmail_lightning.models import DualEncoder, ImageEncoder, ModalityEncoder
 from gmail_lightning.models.second_stage import block_number
-from gmail_lightning.tasks.encoder_task import EncoderTask, in_chunks, paired_rows
+from gmail_lightning.tasks.base import in_chunks, paired_rows
+from gmail_lightning.tasks.encoder_task import EncoderTask
 from gmail_lightning.tasks.retrieval import update_recall
 from gmail_lightning.types import ImageTextBatch, InputSpec
 

@@ -20,7 +20,8 @@ from gmail_lightning.metrics import ZeroShotAccuracy
 from gmail_lightning.metrics.retrieval import full_precision
 from gmail_lightning.models import DualEncoder, ModalityEncoder
 from gmail_lightning.models.second_stage import second_stage
-from gmail_lightning.tasks.encoder_task import EncoderTask, in_chunks
+from gmail_lightning.tasks.base import in_chunks
+from gmail_lightning.tasks.encoder_task import EncoderTask
 from gmail_lightning.tasks.logit_scale import CAP, capped_scale, check_cap, hold_cap
 from gmail_lightning.transforms.text import fill, given_templates
 from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality

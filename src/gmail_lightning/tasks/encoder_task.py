@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gmail_lightning.models.adapter_keys import is_adapter_key
 from gmail_lightning.models.base import ImageEncoder
 from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
 from gmail_lightning.models.modality import ModalityEncoder
-from gmail_lightning.tasks.base import BaseTask
+from gmail_lightning.tasks.base import BaseTask, in_chunks
 from gmail_lightning.tasks.feature_record import refuse_other_features
-from gmail_lightning.types import ImageTextBatch, Modality
-
-
-def in_chunks(encode: Callable[..., Tensor], *rows: Tensor, chunk_size: int | None) -> Tensor:
-    """Encodes a batch in chunks whose activations are recomputed in the backward, with the exact gradients of one pass.
-
-    Args:
-        encode: Maps tensors of n rows to features (n, D).
-        rows: Tensors with B rows each.
-        chunk_size: Rows per chunk; None encodes in one piece and keeps the activations.
-
-    Returns:
-        Features of shape (B, D).
-    """
-    if chunk_size is None or len(rows[0]) <= chunk_size:
-        return encode(*rows)
-    pieces = zip(*(r.split(chunk_size) for r in rows), strict=True)
-    return torch.cat([checkpoint(encode, *piece, use_reentrant=False) for piece in pieces])
+from gmail_lightning.types import ImageTextBatch
 
 
 def reaching(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -51,21 +33,6 @@ class _Reaching(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return (*gradients, *map(torch.zeros_like, ctx.saved_tensors))
-
-
-def paired_rows(batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
-    """Masks (B,) of the generated and the real rows of a batch of pairs, pair by pair in the same order.
-
-    Raises:
-        MisconfigurationException: If the batch is not made of pairs.
-    """
-    generated = batch["modality"] == Modality.GENERATED
-    pair_id = batch["pair_id"]
-    if (pair_id < 0).any() or not torch.equal(pair_id[generated], pair_id[~generated]):
-        raise MisconfigurationException(
-            "The batch is not made of pairs, as this task needs: say mode='paired' for MixedModalityDataModule."
-        )
-    return generated, ~generated
 
 
 class EncoderTask(BaseTask):

@@ -13,7 +13,8 @@ from gmail_lightning.losses import clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall
 from gmail_lightning.models import DualEncoder
 from gmail_lightning.models.second_stage import second_stage
-from gmail_lightning.tasks.encoder_task import EncoderTask, in_chunks, paired_rows
+from gmail_lightning.tasks.base import in_chunks, paired_rows
+from gmail_lightning.tasks.encoder_task import EncoderTask
 from gmail_lightning.tasks.logit_scale import CAP, capped_scale, check_cap, hold_cap
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
