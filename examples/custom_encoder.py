@@ -7,7 +7,7 @@ from open_clip.transformer import Transformer
 from torch import Tensor, nn
 
 from gmail_lightning.models import DualEncoder
-from gmail_lightning.models.lora import block_targets
+from gmail_lightning.models.branches.lora import block_targets
 from gmail_lightning.types import ImageSpec, TextSpec
 
 

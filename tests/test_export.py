@@ -8,8 +8,8 @@ from torchvision.transforms import Normalize
 
 from gmail_lightning.export import export_checkpoint
 from gmail_lightning.models import HFCLIPEncoder, ModalityEncoder, OpenCLIPEncoder
-from gmail_lightning.models.fingerprint import fingerprint
-from gmail_lightning.models.modality import is_adapter_key
+from gmail_lightning.models.branches.fingerprint import fingerprint
+from gmail_lightning.models.branches.modality import is_adapter_key
 
 TEXT = {"context_length": 16, "vocab_size": 512 + 8 + 2, "width": 32, "heads": 2, "layers": 1}
 NATIVE = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 16}

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from gmail_lightning.models.adapter_keys import is_adapter_key
 from gmail_lightning.models.base import ImageEncoder
-from gmail_lightning.models.branches import build_encoder
-from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference
-from gmail_lightning.models.lora import LoRA, lora_blocks, merge_lora
-from gmail_lightning.models.modality import ModalityEncoder
-from gmail_lightning.models.open_clip import OpenCLIPEncoder, save_open_clip
+from gmail_lightning.models.branches.record import build_encoder
+from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference
+from gmail_lightning.models.branches.lora import LoRA, lora_blocks, merge_lora
+from gmail_lightning.models.branches.modality import ModalityEncoder
+from gmail_lightning.models.encoders.open_clip import OpenCLIPEncoder, save_open_clip
 from gmail_lightning.models.weights import plain_names
 
 

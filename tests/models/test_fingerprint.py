@@ -10,16 +10,16 @@ from tiny_encoders import TEXT
 
 from gmail_lightning.models import ModalityEncoder, OpenCLIPEncoder, add_lora
 from gmail_lightning.models.base import ROLES, ImageEncoder
-from gmail_lightning.models.fingerprint import (
+from gmail_lightning.models.branches.fingerprint import (
     fingerprint,
     fingerprint_difference,
     fingerprint_digest,
     tensor_statistics,
     weights_difference,
 )
-from gmail_lightning.models.long_text import stretch_context
-from gmail_lightning.models.modality import is_adapter_key
-from gmail_lightning.models.tensor_names import stored_tensors
+from gmail_lightning.models.encoders.long_text import stretch_context
+from gmail_lightning.models.branches.modality import is_adapter_key
+from gmail_lightning.models.branches.tensor_names import stored_tensors
 from gmail_lightning.types import ImageSpec
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny_encoders import VOCABULARY, hf_config
 
 from gmail_lightning.models import HFCLIPEncoder, HFImageEncoder, ModalityEncoder
-from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference
+from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference
 from gmail_lightning.types import ImageSpec
 
 

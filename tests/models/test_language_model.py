@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gmail_lightning.models import ClipCap, Llava
-from gmail_lightning.models.language_model import build_language_model, max_positions
+from gmail_lightning.models.captioners.language_model import build_language_model, max_positions
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 LLAMA = {

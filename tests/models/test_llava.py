@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.models import HFCLIPEncoder, HFImageEncoder, Llava
-from gmail_lightning.models.chat import chat_format
-from gmail_lightning.models.language_model import load_tokenizer
+from gmail_lightning.models.captioners.chat import chat_format
+from gmail_lightning.models.captioners.language_model import load_tokenizer
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

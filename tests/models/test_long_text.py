@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gmail_lightning.models import ModalityEncoder, OpenCLIPEncoder, add_lora, merge_lora
-from gmail_lightning.models.long_text import (
+from gmail_lightning.models.encoders.long_text import (
     is_cut,
     is_long_clip,
     long_clip_state_dict,

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from gmail_lightning.models import DualEncoder, add_lora, merge_lora
 from gmail_lightning.models.base import ROLES
-from gmail_lightning.models.lora import lora_disabled, plain_parameter
+from gmail_lightning.models.branches.lora import lora_disabled, plain_parameter
 
 KINDS = ("open_clip", "timm", "hf_clip", "hf_siglip")
 

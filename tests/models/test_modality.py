@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models import ImageEncoder, LoRATarget, ModalityEncoder, OpenCLIPEncoder
-from gmail_lightning.models.fingerprint import fingerprint
-from gmail_lightning.models.lora import block_targets
-from gmail_lightning.models.modality import is_adapter_key
+from gmail_lightning.models.branches.fingerprint import fingerprint
+from gmail_lightning.models.branches.lora import block_targets
+from gmail_lightning.models.branches.modality import is_adapter_key
 from gmail_lightning.types import ImageSpec
 
 KINDS = ("open_clip", "timm", "hf_clip", "hf_siglip")
@@ -221,7 +221,7 @@ def recorded(merges, tmp_path):
     """An encoder saved as a folder, and how the command line records it."""
     from tiny_encoders import open_clip_config
 
-    from gmail_lightning.models.open_clip import save_open_clip
+    from gmail_lightning.models.encoders.open_clip import save_open_clip
 
     torch.manual_seed(0)
     encoder = OpenCLIPEncoder(config=open_clip_config(), merges=str(merges))
@@ -234,7 +234,7 @@ def recorded(merges, tmp_path):
     }
 
 
-@pytest.mark.parametrize("class_path", ["gmail_lightning.models.open_clip.OpenCLIPEncoder", "OpenCLIPEncoder"])
+@pytest.mark.parametrize("class_path", ["gmail_lightning.models.encoders.open_clip.OpenCLIPEncoder", "OpenCLIPEncoder"])
 def test_from_checkpoint_rebuilds_what_the_command_line_recorded(recorded, pixels, tmp_path, class_path) -> None:
     recorded["class_path"] = class_path
     settings = {"rank": 2, "alpha": 6.0, "targets": ["q", "out"], "real_path": "projected", "projection": True}

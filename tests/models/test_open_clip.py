@@ -11,8 +11,8 @@ from tiny_encoders import MERGES, VOCABULARY, open_clip_config
 from torchvision.transforms import Normalize
 
 from gmail_lightning.models import OpenCLIPEncoder
-from gmail_lightning.models.open_clip import save_open_clip
-from gmail_lightning.models.open_clip_loading import read_preprocess
+from gmail_lightning.models.encoders.open_clip import save_open_clip
+from gmail_lightning.models.encoders.open_clip_loading import read_preprocess
 from gmail_lightning.types import ImageSpec
 
 PREPROCESS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "resize_mode": "squash", "interpolation": "bilinear"}

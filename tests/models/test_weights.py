@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModel, CLIPImageProcessor
 
 from gmail_lightning.export import export_checkpoint
 from gmail_lightning.models import ClipCap, HFCLIPEncoder, HFImageEncoder, ModalityEncoder, OpenCLIPEncoder
-from gmail_lightning.models.branches import build_encoder
-from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference
-from gmail_lightning.models.language_model import build_language_model
-from gmail_lightning.models.open_clip_loading import SHIPPED
+from gmail_lightning.models.branches.record import build_encoder
+from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference
+from gmail_lightning.models.captioners.language_model import build_language_model
+from gmail_lightning.models.encoders.open_clip_loading import SHIPPED
 from gmail_lightning.models.weights import plain_names
 from gmail_lightning.tasks import AlignmentTask, RetrievalTask
 

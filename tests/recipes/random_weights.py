@@ -165,7 +165,7 @@ def copy_tower(source: dict[str, torch.Tensor], tower: Any) -> None:
 
 def open_clip_folder(folder: Path) -> Path:
     """A small CLIP as a folder of open_clip: the scorer of generated images."""
-    from gmail_lightning.models.open_clip import OpenCLIPEncoder, save_open_clip
+    from gmail_lightning.models.encoders.open_clip import OpenCLIPEncoder, save_open_clip
 
     torch.manual_seed(0)
     plain = OpenCLIPEncoder(config={**SHALLOW_L14[224], "vision_cfg": {**SHALLOW_L14[224]["vision_cfg"], "width": 64}})

@@ -16,7 +16,7 @@ from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset, FeatureStore
 from gmail_lightning.metrics.java_tools import JavaError
 from gmail_lightning.models import ClipCap, Llava
-from gmail_lightning.models.fingerprint import frozen_weights, weights_difference
+from gmail_lightning.models.branches.fingerprint import frozen_weights, weights_difference
 from gmail_lightning.tasks import CaptioningTask, EmbeddingTask, captioning
 from gmail_lightning.tasks.encoder_task import reaching
 from gmail_lightning.types import Modality

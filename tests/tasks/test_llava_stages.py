@@ -23,7 +23,7 @@ GPT2 = {
 @pytest.fixture(scope="module")
 def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model as a directory, with the emoji tokenizer."""
-    from gmail_lightning.models.language_model import build_language_model
+    from gmail_lightning.models.captioners.language_model import build_language_model
 
     torch.manual_seed(0)
     model, tokenizer, _ = build_language_model(LLAMA, "emoji")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset
 from gmail_lightning.models import OpenCLIPEncoder
-from gmail_lightning.models.long_text import stretch_context
+from gmail_lightning.models.encoders.long_text import stretch_context
 from gmail_lightning.tasks import LongRetrievalTask
 
 TINY = {

@@ -32,7 +32,7 @@ from gmail_lightning.datasets.feature_files import (
     write_record,
 )
 from gmail_lightning.distributed import on_first_rank
-from gmail_lightning.models.fingerprint import fingerprint_difference, probe_difference
+from gmail_lightning.models.branches.fingerprint import fingerprint_difference, probe_difference
 from gmail_lightning.tasks.embedding import EmbeddingTask
 from gmail_lightning.types import Modality
 

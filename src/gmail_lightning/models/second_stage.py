@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from gmail_lightning.models.base import ROLES, ImageEncoder
-from gmail_lightning.models.branches import newest_checkpoint, read_branches
-from gmail_lightning.models.modality import ModalityEncoder, TextSide
+from gmail_lightning.models.branches.record import newest_checkpoint, read_branches
+from gmail_lightning.models.branches.modality import ModalityEncoder, TextSide
 
 
 def second_stage(

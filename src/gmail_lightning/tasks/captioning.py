@@ -19,7 +19,7 @@ from torchmetrics import Metric
 from gmail_lightning.metrics import CaptionStatistics, CocoCaptionScore, MultipleChoice
 from gmail_lightning.metrics.captioning import JAVA_METRICS
 from gmail_lightning.models import Captioner, DualEncoder, ImageEncoder, ModalityEncoder
-from gmail_lightning.models.fingerprint import frozen_weights, weights_difference
+from gmail_lightning.models.branches.fingerprint import frozen_weights, weights_difference
 from gmail_lightning.models.second_stage import block_number, second_stage
 from gmail_lightning.tasks.accumulation import TokenMean
 from gmail_lightning.tasks.encoder_task import EncoderTask, reaching

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor
 
 from gmail_lightning.models.adapter_keys import is_adapter_key
-from gmail_lightning.models.branches import check_classes
+from gmail_lightning.models.branches.record import check_classes
 from gmail_lightning.models.weights import plain_names
 
 #: What ``torch.load(weights_only=True)`` reads back, by exact type: a subclass goes by the name of its class.

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from gmail_lightning.models import ImageEncoder
-from gmail_lightning.models.modality import ModalityEncoder
+from gmail_lightning.models.branches.modality import ModalityEncoder
 from gmail_lightning.models.second_stage import second_stage
 from gmail_lightning.tasks.encoder_task import EncoderTask
 from gmail_lightning.tasks.feature_record import feature_record

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gmail_lightning.models.adapter_keys import is_adapter_key
 from gmail_lightning.models.base import ImageEncoder
-from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
-from gmail_lightning.models.modality import ModalityEncoder
+from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
+from gmail_lightning.models.branches.modality import ModalityEncoder
 from gmail_lightning.tasks.base import BaseTask, in_chunks
 from gmail_lightning.tasks.feature_record import refuse_other_features
 from gmail_lightning.types import ImageTextBatch

@@ -12,14 +12,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import DualEncoder, ImageEncoder
-from gmail_lightning.models.fingerprint import (
+from gmail_lightning.models.branches.fingerprint import (
     fingerprint,
     fingerprint_difference,
     fingerprint_digest,
     fixed_image,
     probe_difference,
 )
-from gmail_lightning.models.modality import ModalityEncoder
+from gmail_lightning.models.branches.modality import ModalityEncoder
 from gmail_lightning.types import Modality
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import ROLES, DualEncoder, ImageEncoder
-from gmail_lightning.models.modality import ModalityEncoder
+from gmail_lightning.models.branches.modality import ModalityEncoder
 from gmail_lightning.testing.faults import CAPTIONS, outcome, reload_faults, report, require
 from gmail_lightning.types import Modality
 

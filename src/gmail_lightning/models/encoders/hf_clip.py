@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gmail_lightning.models.base import DualEncoder, LoRATarget, Tower
-from gmail_lightning.models.hf_tower import ACTIVATIONS, OFFLINE, patch_tokens, pixel_settings, tower_layers, tower_size
-from gmail_lightning.models.long_text import KEEP, LONG, stretch_table
-from gmail_lightning.models.lora import block_targets
+from gmail_lightning.models.encoders.hf_tower import ACTIVATIONS, OFFLINE, patch_tokens, pixel_settings, tower_layers, tower_size
+from gmail_lightning.models.encoders.long_text import KEEP, LONG, stretch_table
+from gmail_lightning.models.branches.lora import block_targets
 from gmail_lightning.models.weights import plain_files, plain_names
 from gmail_lightning.types import ImageSpec, TextSpec
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import DualEncoder, ImageEncoder, Tower
-from gmail_lightning.models.lora import lora_disabled
-from gmail_lightning.models.tensor_names import stored_tensors
+from gmail_lightning.models.branches.lora import lora_disabled
+from gmail_lightning.models.branches.tensor_names import stored_tensors
 from gmail_lightning.models.weights import plain_names
 
 #: Relative to the root mean square of a tensor; rounding to bf16 moves the statistics by about a sixth of it.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import DualEncoder, LoRATarget, Tower
-from gmail_lightning.models.long_text import KEEP, LONG, read_long_clip, stretch_table
-from gmail_lightning.models.lora import block_targets
-from gmail_lightning.models.open_clip_loading import (
+from gmail_lightning.models.encoders.long_text import KEEP, LONG, read_long_clip, stretch_table
+from gmail_lightning.models.branches.lora import block_targets
+from gmail_lightning.models.encoders.open_clip_loading import (
     CONFIG,
     MERGES,
     RESIZE_MODES,

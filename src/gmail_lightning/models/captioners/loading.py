@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmail_lightning.models.branches import newest_checkpoint
-from gmail_lightning.models.hf_tower import OFFLINE
-from gmail_lightning.models.language_model import build_language_model, load_tokenizer, writing_model
+from gmail_lightning.models.branches.record import newest_checkpoint
+from gmail_lightning.models.encoders.hf_tower import OFFLINE
+from gmail_lightning.models.captioners.language_model import build_language_model, load_tokenizer, writing_model
 from gmail_lightning.models.weights import plain_files, plain_names
 
 # Names of the two layers: ours and of transformers, or of LLaVA's own files (mm_projector.bin).

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.models.base import ImageEncoder
-from gmail_lightning.models.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
+from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
 from gmail_lightning.models.weights import plain_names
 
 #: Arguments of ``ModalityEncoder`` that say how images are routed, and those of the text side.

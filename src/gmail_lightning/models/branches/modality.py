@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from gmail_lightning.models.adapter_keys import add_prefix, drop_prefix, is_adapter_key
 from gmail_lightning.models.base import DualEncoder, ImageEncoder, LoRATarget, Tower
-from gmail_lightning.models.branches import build_encoder, read_branches
-from gmail_lightning.models.lora import add_lora, lora_blocks, lora_disabled
+from gmail_lightning.models.branches.record import build_encoder, read_branches
+from gmail_lightning.models.branches.lora import add_lora, lora_blocks, lora_disabled
 from gmail_lightning.types import ImageSpec, Modality, TextSpec
 
 RealPath = Literal["frozen", "projected", "adapted"]

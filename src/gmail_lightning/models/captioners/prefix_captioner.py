@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gmail_lightning.losses.captioning import caption_loss, counted_tokens, refuse_masked
 from gmail_lightning.models.base import Captioner
-from gmail_lightning.models.language_model import build_language_model, caption_labels, max_positions, written
+from gmail_lightning.models.captioners.language_model import build_language_model, caption_labels, max_positions, written
 from gmail_lightning.models.weights import plain_names
 
 Mapper = Literal["mlp", "transformer", "linear"]

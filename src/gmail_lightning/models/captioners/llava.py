@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from gmail_lightning.losses.captioning import IGNORED, caption_loss, counted_tokens, refuse_masked
 from gmail_lightning.models.base import Captioner
-from gmail_lightning.models.chat import ImageChat
-from gmail_lightning.models.language_model import max_positions, written
-from gmail_lightning.models.llava_loading import llava_from_parts, load_llava, load_projector
+from gmail_lightning.models.captioners.chat import ImageChat
+from gmail_lightning.models.captioners.language_model import max_positions, written
+from gmail_lightning.models.captioners.loading import llava_from_parts, load_llava, load_projector
 
 
 class _Inputs(NamedTuple):

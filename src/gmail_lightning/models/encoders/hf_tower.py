@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gmail_lightning.models.base import ImageEncoder, LoRATarget, Tower
-from gmail_lightning.models.lora import block_targets
+from gmail_lightning.models.branches.lora import block_targets
 from gmail_lightning.models.weights import plain_files
 from gmail_lightning.types import ImageSpec
 
