@@ -1,0 +1,1 @@
+"""One tower, two branches: the router, its adapters, and what a checkpoint keeps of them."""

@@ -1,0 +1,1 @@
+"""Captioners: ClipCap, LLaVA, and the language models in them."""

@@ -1,0 +1,1 @@
+"""Encoders of open_clip and transformers."""
