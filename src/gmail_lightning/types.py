@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
+import torch
 from torch import Tensor
 
 
@@ -72,7 +73,17 @@ class ImageTextSample(TypedDict):
     sample_key: str  # unique within a dataset
 
 
-class ImageTextBatch(TypedDict, total=False):
+class ModalityRows(TypedDict, total=False):
+    """Which rows of a batch are real, generated and paired; made by :func:`modality_rows`, in the worker."""
+
+    real_row: Tensor  # (R,) int64, the real rows, ascending
+    generated_row: Tensor  # (G,) int64, the generated rows, ascending
+    image_real_row: Tensor  # int64, which of the I images are of real rows, ascending; absent where no row has pixels
+    image_generated_row: Tensor  # int64, which of them are of generated rows
+    paired: bool  # the n-th generated row and the n-th real row are a pair, for all rows
+
+
+class ImageTextBatch(ModalityRows, total=False):
     """B rows, collated. A row has pixels or cached features; in the common case I = B and ``image_row`` counts up."""
 
     image: Tensor  # (I, 3, H, W) float in [0, 1]; absent where no row has pixels
@@ -99,6 +110,42 @@ class ImageTextBatch(TypedDict, total=False):
     replaced_reason: list[str]  # training only: one line per failure behind ``replaced``, mostly empty
     eval_set: str  # evaluation only: name of the set
     row_id: Tensor  # (B,) int64, evaluation only: index of the row in its set, unique over ranks
+
+
+def modality_rows(batch: Mapping[str, Any]) -> ModalityRows:
+    """Works out what routes the rows of a batch, on the CPU, so that a training step need not ask the device.
+
+    Args:
+        batch: Has ``modality`` and, for ``paired``, ``pair_id``; ``image_row`` where not every row has pixels.
+
+    Returns:
+        What :class:`ModalityRows` says, to be added to the batch; not ``paired`` without ``pair_id``.
+
+    Raises:
+        ValueError: If a modality is neither real nor generated.
+
+    Example:
+        >>> batch = {"modality": torch.tensor([1, 0]), "pair_id": torch.tensor([7, 7])}
+        >>> modality_rows(batch)
+        {'real_row': tensor([1]), 'generated_row': tensor([0]), 'paired': True}
+    """
+    modality, pair_id = batch["modality"], batch.get("pair_id")
+    real, generated = _rows_of_each(modality)
+    rows = ModalityRows(real_row=real, generated_row=generated)
+    if "image" in batch or "image_row" in batch:
+        of_images = modality[batch["image_row"]] if "image_row" in batch else modality
+        rows["image_real_row"], rows["image_generated_row"] = _rows_of_each(of_images)
+    rows["paired"] = (
+        pair_id is not None and bool((pair_id >= 0).all()) and torch.equal(pair_id[generated], pair_id[real])
+    )
+    return rows
+
+
+def _rows_of_each(modality: Tensor) -> tuple[Tensor, Tensor]:
+    real, generated = ((modality == which).nonzero().squeeze(1) for which in Modality)
+    if len(real) + len(generated) != len(modality):
+        raise ValueError(f"modality must be 0 (real) or 1 (generated), got {modality.unique().tolist()}.")
+    return real, generated
 
 
 class Classes(NamedTuple):

@@ -235,6 +235,9 @@ def test_pixels_are_those_of_an_independent_computation() -> None:
         assert torch.equal(batch["text"], encode(batch["caption"]))
         assert torch.equal(batch["image_id"][::2], batch["image_id"][1::2])  # that of the real row
         assert batch["text_row"].tolist() == batch["image_row"].tolist() == list(range(8))
+        assert batch["generated_row"].tolist() == batch["image_generated_row"].tolist() == [0, 2, 4, 6]
+        assert batch["real_row"].tolist() == batch["image_real_row"].tolist() == [1, 3, 5, 7]
+        assert batch["paired"] is True
     assert captions == {"a", "b"}  # each caption is drawn at times
 
 

@@ -56,6 +56,9 @@ def test_rows_are_those_of_the_shards(tmp_path: Path) -> None:
         assert batch["text_row"].tolist() == batch["image_row"].tolist() == [0, 1, 2, 3]
         assert batch["modality"].tolist() == [1] * 4
         assert batch["pair_id"].tolist() == [-1] * 4
+        assert batch["generated_row"].tolist() == batch["image_generated_row"].tolist() == [0, 1, 2, 3]
+        assert batch["real_row"].tolist() == batch["image_real_row"].tolist() == []
+        assert batch["paired"] is False
         assert batch["source"] == ["sd15"] * 4
         assert not batch["replaced"].any()
     table = TarShards(tmp_path, modality="generated")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
 from gmail_lightning.transforms.image import resize
-from gmail_lightning.types import ImageSpec, ImageTextBatch, InputSpec, TextSpec
+from gmail_lightning.types import ImageSpec, ImageTextBatch, InputSpec, TextSpec, modality_rows
 
 
 class Picture(NamedTuple):
@@ -118,6 +118,7 @@ def collate(
     for name, text_spec in spec.texts.items():
         batch[name] = encode_texts(name, text_spec, texts)
         batch[f"{name}_row"] = torch.tensor(text_row)
+    batch.update(modality_rows(batch))
     return cast(ImageTextBatch, batch)
 
 

@@ -21,7 +21,7 @@ from gmail_lightning.datasets.base import (
     decode_image,
 )
 from gmail_lightning.transforms.image import resize
-from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
+from gmail_lightning.types import ImageTextBatch, InputSpec, Modality, modality_rows
 
 MAX_BROKEN = 100  # images in a row that do not decode
 
@@ -132,4 +132,5 @@ class StreamRows(IterableDataset[ImageTextBatch]):
             batch["image"], batch["image_row"] = torch.stack(images), torch.arange(size)
         for name, text_spec in self.spec.texts.items():
             batch[name], batch[f"{name}_row"] = encode_texts(name, text_spec, captions), torch.arange(size)
+        batch.update(modality_rows(batch))
         return cast(ImageTextBatch, batch)
