@@ -33,6 +33,8 @@ from gmail_lightning.datamodules import MixedModalityDataModule
 from gmail_lightning.datasets import DataError
 from gmail_lightning.distributed import decided_once
 from gmail_lightning.hints import EPILOG, as_json, hint, import_class
+from gmail_lightning.models.branches.first_edition import converted
+from gmail_lightning.models.restoring import restoring
 from gmail_lightning.runs import (
     RECORD,
     Decision,
@@ -137,7 +139,6 @@ class GmailCLI(LightningCLI):
         self._kept_config = self._dump(_without_folders(config)) if decision.keeps else None
         config.ckpt_path = decision.checkpoint
         config.trainer.default_root_dir = str(folder)
-        _drop_files_in_checkpoint(config)
         self._dump_config()  # what a checkpoint records, before the data that this verb does not read are left out
         _drop_unread_data(config, str(self.subcommand))
         if config.trainer.logger in (None, True):
@@ -198,7 +199,8 @@ class GmailCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds everything; what a constructor refuses is told in its own words, without the parser's wrapping."""
-        with self._recorded():
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        with self._recorded(), restoring(_read_checkpoint(config.get("ckpt_path"))):
             try:
                 super().instantiate_classes()
             except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
@@ -273,20 +275,11 @@ def _is_missing_file(checkpoint: str) -> bool:
     return "://" not in checkpoint and not checkpoint.startswith(words) and not Path(checkpoint).exists()
 
 
-def _drop_files_in_checkpoint(config: Any) -> None:
-    """What a task is loaded with is in its own checkpoint: no file of an earlier stage is needed again."""
-    settings = config.model.get("init_args") or {}
-    captioner = (settings.get("captioner") or {}).get("init_args") or {}
-    if not (isinstance(settings.get("aligned"), str) or captioner) or not config.get("ckpt_path"):
-        return
-    if Path(config.ckpt_path).is_file():
-        content = torch.load(config.ckpt_path, map_location="cpu", mmap=True, weights_only=True)
-        recorded = content.get("hyper_parameters", {})
-        aligned = settings.get("aligned")
-        if isinstance(aligned, str) and not isinstance(recorded.get("aligned", aligned), str):
-            settings["aligned"] = recorded["aligned"]
-        for name in content.get("captioner", {}).get("initial_files", ()):
-            captioner.pop(name, None)
+def _read_checkpoint(path: str | None) -> dict[str, Any] | None:
+    """What a task is to be loaded with; None where nothing is, or Lightning knows the address and we do not."""
+    if not path or not Path(path).is_file():
+        return None
+    return converted(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
 
 
 def _drop_unread_data(config: Any, verb: str) -> None:

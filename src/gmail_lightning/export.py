@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from gmail_lightning.models.adapter_keys import is_adapter_key
 from gmail_lightning.models.base import ImageEncoder
-from gmail_lightning.models.branches.record import build_encoder
+from gmail_lightning.models.branches.branch import Branch
 from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference
-from gmail_lightning.models.branches.lora import LoRA, lora_blocks, merge_lora
+from gmail_lightning.models.branches.first_edition import converted
+from gmail_lightning.models.branches.lora import lora_blocks, merged_state
 from gmail_lightning.models.branches.modality import ModalityEncoder
+from gmail_lightning.models.branches.record import KEY, build_encoder
 from gmail_lightning.models.encoders.open_clip import OpenCLIPEncoder, save_open_clip
 from gmail_lightning.models.weights import plain_names
 
@@ -65,36 +66,42 @@ def export_checkpoint(
 
 def _merged(path: str | Path, encoder: ImageEncoder | None, branch: str) -> tuple[OpenCLIPEncoder, dict[str, Tensor]]:
     """Returns the encoder of a checkpoint and the state dict of its open_clip model, adapters merged."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = converted(torch.load(path, map_location="cpu", weights_only=True))
     held = plain_names(content.get("state_dict", {}))
-    if any(is_adapter_key(key) for key in held):
+    if KEY in content:
         branches = ModalityEncoder.from_checkpoint(path, encoder)
-        plain = _open_clip(branches.encoder, path)
-        if branch == "real" and branches.real_path != "adapted":
-            for roles in lora_blocks(plain).values():
-                for factors in roles.values():
-                    factors.B.data.zero_()
-        state = merge_lora(plain) if isinstance(getattr(plain, "lora", None), LoRA) else dict(plain.model.state_dict())
+        plain = _open_clip(branches.plain, path)
+        adapted = branches.branch is not None and (branch == "generated" or branches.real_path == "adapted")
+        state = cast(Branch, branches.branch).merged() if adapted else _without_branch(plain)
         projection = branches.real_projection if branch == "real" else branches.generated_projection
         if projection is not None:
             _fold(state, projection.weight.detach())
         if branches.text_side_projection is not None:
             _fold_text(state, branches.text_side_projection.weight.detach())
         return plain, state
-    plain = _open_clip(build_encoder(content.get("hyper_parameters", {}), path) if encoder is None else encoder, path)
+    recorded = content.get("hyper_parameters", {}).get("encoder")
+    plain = _open_clip(build_encoder(recorded, path, ModalityEncoder) if encoder is None else encoder, path)
     trained = {key.removeprefix("encoder."): value for key, value in held.items() if key.startswith("encoder.")}
     missing, unknown = plain.load_state_dict(trained, strict=False)
     if unknown or not trained:
         raise ValueError(f"{path}: not a checkpoint of this encoder (unknown: {unknown[:4]}, loaded: {len(trained)}).")
-    recorded = content.get("base_fingerprint")
+    base = content.get("base_fingerprint")
     parameters = {name for name, _ in plain.named_parameters()}
-    if recorded is None and (absent := [key for key in missing if key in parameters]):
+    if base is None and (absent := [key for key in missing if key in parameters]):
         raise ValueError(f"{path}: lacks {absent[:4]} of its encoder, and says nothing of where they come from.")
-    if recorded is not None:
-        difference = fingerprint_difference(recorded, fingerprint(plain, recorded["towers"]))
+    if base is not None:
+        difference = fingerprint_difference(base, fingerprint(plain, base["towers"]))
         if difference is not None:
             raise ValueError(f"{path}: trained on another base than this encoder: {difference}.")
     return plain, plain.model.state_dict()
+
+
+def _without_branch(plain: OpenCLIPEncoder) -> dict[str, Tensor]:
+    """The plain image tower, beside the text tower as it was trained."""
+    for roles in lora_blocks(plain).values():
+        for factors in roles.values():
+            factors.B.data.zero_()
+    return merged_state(plain)
 
 
 def _open_clip(encoder: ImageEncoder, path: str | Path) -> OpenCLIPEncoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,11 @@ class ImageEncoder(nn.Module, ABC):
         """Size and resizing of the pixels, from the configuration."""
 
     @property
+    def text_spec(self) -> TextSpec | None:
+        """Tokeniser and context length of the text tower; None: there is none, as in all but a ``DualEncoder``."""
+        return None
+
+    @property
     @abstractmethod
     def embed_dim(self) -> int:
         """Width D of ``encode_image``."""
@@ -93,9 +98,30 @@ class ImageEncoder(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no image_tokens: implement it to use patch tokens.")
 
-    @abstractmethod
+    def image_features_and_tokens(self, image: Tensor, layer: int = -2) -> tuple[Tensor, Tensor]:
+        """``encode_image`` and ``image_tokens`` of the same pixels; here in two passes, an encoder may do it in one."""
+        return self.encode_image(image), self.image_tokens(image, layer=layer)
+
     def lora_targets(self, roles: Collection[str], tower: Tower = "image") -> list[LoRATarget]:
-        """Lists the matrices of a tower that play the given roles, block by block."""
+        """Lists the matrices of a tower that play the given roles, block by block; here none, which LoRA refuses."""
+        return []
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Of a ``DualEncoder`` alone.
+
+        Raises:
+            TypeError: Here.
+        """
+        raise TypeError(f"{type(self).__name__} has no text tower: give a DualEncoder.")
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """As ``encode_text``."""
+        raise TypeError(f"{type(self).__name__} has no text tower: give a DualEncoder.")
+
+    def text_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the text tower and of the logits: all but those of the image tower."""
+        return iter(())
 
 
 class DualEncoder(ImageEncoder):
@@ -140,6 +166,44 @@ class DualEncoder(ImageEncoder):
         raise NotImplementedError(f"{type(self).__name__} has no text_parameters: implement it for text_side: full.")
 
 
+class ImageTower(Protocol):
+    """What images can be seen by: an ``ImageEncoder``, a ``Branch``, or one side of a router."""
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """See ``ImageEncoder``."""
+
+    def image_tokens(self, image: Tensor, layer: int = -2) -> Tensor:
+        """See ``ImageEncoder``."""
+
+    def image_features_and_tokens(self, image: Tensor, layer: int = -2) -> tuple[Tensor, Tensor]:
+        """See ``ImageEncoder``."""
+
+
+class ImageReader(ABC):
+    """How a task or a captioner looks at images; a router hands it the tower that each row goes through."""
+
+    #: Block whose patch tokens are read, as feature stores record it; None where the whole tower is.
+    layer: int | None = None
+    #: Whether it is a sequence of tokens, shape (B, T, W), and not one vector (B, D).
+    gives_tokens: bool = False
+
+    @abstractmethod
+    def read(self, tower: ImageTower, image: Tensor) -> Tensor:
+        """Maps pixels in [0, 1], shape (B, 3, H, W), to what is read, shape (B, D) or (B, T, W)."""
+
+    def width(self, encoder: ImageEncoder) -> int | None:
+        """Width D or W of what is read; None where it shows only once something is."""
+        return None
+
+    def last_block(self, encoder: ImageEncoder) -> int | None:
+        """Number of the last block that is passed, counted from the front; None where the whole tower is.
+
+        Raises:
+            ValueError: If the tower has no such block.
+        """
+        return None
+
+
 class GeneratedImages(NamedTuple):
     """What a generator returns for B prompts."""
 
@@ -174,8 +238,8 @@ class Captioner(nn.Module, ABC):
 
     #: True once the weights are more than a random initialisation; evaluation refuses a captioner without.
     pretrained: bool = False
-    #: Block of the encoder whose patch tokens are read (``image_tokens``); None reads the pooled features.
-    feature_layer: int | None = None
+    #: What it sees of an image.
+    reader: ImageReader
     #: Width of the features or tokens that are read; None accepts any.
     image_dim: int | None = None
     #: Captions that were cut in training so far, on this process.
@@ -183,8 +247,6 @@ class Captioner(nn.Module, ABC):
     #: Tokens that the last ``loss`` is a mean over, as ``losses.counted_tokens``; ``loss`` sets it, for accumulated
     #: gradients.
     tokens: Tensor | None = None
-    #: Arguments of the constructor that name files to begin with, which the task's checkpoint replaces.
-    initial_files: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, str | int | float | bool | None]:
         """What writing depends on and no trained tensor shows; a checkpoint with other values is refused."""
@@ -203,7 +265,7 @@ class Captioner(nn.Module, ABC):
         """Mean negative log-likelihood of the tokens of the captions, a scalar; see ``losses.caption_loss``.
 
         Args:
-            image_features: Shape (B, D), or (B, T, W) of patch tokens where ``feature_layer`` is set.
+            image_features: What ``reader`` gives, shape (B, D) or (B, T, W).
             captions: B texts to be written.
             questions: B texts that they answer; a captioner that knows none refuses them.
             weight: Of each row, shape (B,).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,10 +14,11 @@ from torchmetrics import Metric
 
 from gmail_lightning.losses import alignment_loss, clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall, ModalityGap
-from gmail_lightning.models import DualEncoder, ImageEncoder, ModalityEncoder
-from gmail_lightning.models.second_stage import block_number
-from gmail_lightning.tasks.base import in_chunks, paired_rows
-from gmail_lightning.tasks.encoder_task import EncoderTask
+from gmail_lightning.models import ImageEncoder, LoRA, ModalityEncoder
+from gmail_lightning.models.base import ImageTower
+from gmail_lightning.models.encoders.readers import block_number
+from gmail_lightning.tasks.base import paired_rows
+from gmail_lightning.tasks.encoder_task import EncoderTask, image_index, require_text
 from gmail_lightning.tasks.retrieval import update_recall
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
@@ -31,12 +32,7 @@ class AlignmentTask(EncoderTask):
     same real image are never negatives of one another.
 
     Args:
-        encoder: The pretrained encoder. It stays frozen; LoRA is added to its image tower.
-        rank: Rank of LoRA.
-        alpha: LoRA is scaled by ``alpha / rank``.
-        targets: Roles of the adapted matrices, of ``q k v out fc1 fc2``.
-        real_path: Branch that real images take: ``frozen`` (Algorithm 1), ``projected`` or ``adapted`` (section 3.2).
-        projection: A linear map on the generated side, from the identity; the other two real paths always have both.
+        encoder: A ``ModalityEncoder`` with the branch that is to learn. A plain encoder gets ``LoRA`` of rank 4.
         loss: ``info_nce`` (Eq. 1) or ``sigmoid`` (SigLIP form).
         temperature: Divides the cosine similarities.
         learnable_temperature: Train the temperature (and the bias of the sigmoid form) with the adapters. That of
@@ -66,16 +62,10 @@ class AlignmentTask(EncoderTask):
     """
 
     batch_contrastive = True
-    encoder: ModalityEncoder
 
     def __init__(
         self,
         encoder: ImageEncoder,
-        rank: int = 4,
-        alpha: float = 8.0,
-        targets: Sequence[str] = ("q", "v"),
-        real_path: Literal["frozen", "projected", "adapted"] = "frozen",
-        projection: bool = False,
         loss: Literal["info_nce", "sigmoid"] = "info_nce",
         temperature: float = 0.07,
         learnable_temperature: bool = False,
@@ -93,8 +83,7 @@ class AlignmentTask(EncoderTask):
         warmup_steps: int = 0,
         allow_small_negatives: bool = False,
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup_steps, allow_small_negatives)
-        self.record_hyperparameters()
+        super().__init__(encoder, optimizer, scheduler, warmup_steps, allow_small_negatives)
         weights = {"alignment": alignment_weight, "cosine": cosine_weight, "generated_text": generated_text_weight}
         self.reads_pooled = max(*weights.values(), real_text_weight) > 0
         self.reads_patches = max(patch_weight, patch_cosine_weight) > 0
@@ -104,9 +93,9 @@ class AlignmentTask(EncoderTask):
             raise ValueError(
                 f"No weight may be negative, and one of {', '.join(weights)} must be above 0: {self.weights}."
             )
-        if (generated_text_weight or real_text_weight) and not isinstance(encoder, DualEncoder):
-            raise ValueError(f"{type(encoder).__name__} has no text tower: set the text weights to 0.")
-        if real_text_weight and real_path == "frozen":
+        if generated_text_weight or real_text_weight:
+            require_text(self.encoder, "generated_text_weight and real_text_weight are of images and captions")
+        if real_text_weight and self.encoder.real_path == "frozen":
             raise ValueError("real_text_weight needs real_path: projected or adapted; a frozen real path cannot train.")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature} must be positive.")
@@ -117,13 +106,10 @@ class AlignmentTask(EncoderTask):
             )
         if symmetric and loss != "info_nce":
             raise ValueError("symmetric=True belongs to loss: info_nce; the sigmoid form is symmetric as it is.")
-        self.encoder = ModalityEncoder(
-            encoder, rank=rank, alpha=alpha, targets=tuple(targets), real_path=real_path, projection=projection
-        )
         self.loss, self.symmetric, self.patch_layer = loss, symmetric, patch_layer
         last_block = block_number(self.encoder, patch_layer, "patch_layer") if self.reads_patches else -1
         if not self.reads_pooled:
-            if projection or real_path != "frozen":
+            if self.encoder.generated_projection is not None:
                 raise ValueError(
                     "A projection acts on pooled features, and no term on these has a weight: leave it out."
                 )
@@ -133,56 +119,70 @@ class AlignmentTask(EncoderTask):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learnable)
         self.bias = nn.Parameter(torch.tensor(-10.0), requires_grad=learnable and loss == "sigmoid")
 
+    @staticmethod
+    def route_plain(encoder: ImageEncoder) -> ModalityEncoder:
+        """A plain encoder gets LoRA."""
+        return ModalityEncoder(encoder, branch=LoRA())
+
     @property
     def pretrained(self) -> bool:
         """An aligner without a checkpoint is untrained, whatever its base knows."""
         return False
 
     @property
+    def has_texts(self) -> bool:
+        """Whether captions are read: by a text term, or by the recall of an evaluation."""
+        return self.encoder.text_spec is not None
+
+    @property
     def input_spec(self) -> InputSpec:
         """Pixels, and the captions where the encoder has a text tower."""
-        texts = {"text": self.encoder.text_spec} if self.encoder.has_text else {}
+        texts = {"text": self.encoder.text_spec} if self.has_texts else {}
         return InputSpec(image=self.encoder.image_spec, texts=texts)
 
     def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
         """Alignment of the batch's pairs, and the text terms that have a weight."""
         is_generated, is_real = paired_rows(batch)
         ids = batch["image_id"][is_real]
-        encoded: dict[str, tuple[Tensor, Tensor]] = {}  # generated and real
-        for name, encode, needed in (
-            ("pooled", self.encode_images, self.reads_pooled),
-            ("patch", self.mean_tokens, self.reads_patches),
-        ):
-            if needed:
-                features = encode(batch, self.contrastive_chunk_size)
-                real = features[is_real].detach() if self.encoder.real_path == "frozen" else features[is_real]
-                encoded[name] = features[is_generated], real  # a detached teacher: no collective in the backward
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}  # generated and real
+        for name, features in self.read(batch, self.contrastive_chunk_size).items():
+            real = features[is_real].detach() if self.encoder.real_path == "frozen" else features[is_real]
+            pairs[name] = features[is_generated], real  # a detached teacher: no collective in the backward
 
         terms: dict[str, Callable[[], Tensor]] = {
-            "alignment": lambda: self._alignment(*encoded["pooled"], ids),
-            "cosine": lambda: _cosine_distance(*encoded["pooled"]),
-            "generated_text": lambda: self._text_term(encoded["pooled"][0], batch["text"][is_generated], ids),
-            "real_text": lambda: self._text_term(encoded["pooled"][1], batch["text"][is_real], ids),
-            "patch": lambda: self._alignment(*encoded["patch"], ids),
-            "patch_cosine": lambda: _cosine_distance(*encoded["patch"]),
+            "alignment": lambda: self._alignment(*pairs["pooled"], ids),
+            "cosine": lambda: _cosine_distance(*pairs["pooled"]),
+            "generated_text": lambda: self._text_term(pairs["pooled"][0], batch["text"][is_generated], ids),
+            "real_text": lambda: self._text_term(pairs["pooled"][1], batch["text"][is_real], ids),
+            "patch": lambda: self._alignment(*pairs["patch"], ids),
+            "patch_cosine": lambda: _cosine_distance(*pairs["patch"]),
         }
         losses = {name: terms[name]() for name, weight in self.weights.items() if weight}
         total = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
         return {"loss": total, **losses}
 
-    def mean_tokens(self, batch: ImageTextBatch, chunk_size: int | None = None) -> Tensor:
-        """Mean patch token of ``patch_layer`` of each image, shape (B, W), every modality through its branch.
+    def read(self, batch: ImageTextBatch, chunk_size: int | None = None) -> dict[str, Tensor]:
+        """What the terms need of a batch's images: ``pooled`` features (B, D), and the mean ``patch`` token (B, W).
+
+        Both come out of one pass.
 
         Raises:
-            ValueError: If features are cached in place of pixels: those of a store are pooled.
+            ValueError: If features are cached in place of pixels where patch tokens are needed: a store's are pooled.
         """
+        if not self.reads_patches:
+            return {"pooled": self.encode_images(batch, chunk_size)}
         if "image_features" in batch:
             raise ValueError("The patch terms need the pixels of every row: give the data sets without their store.")
 
-        def encode(image: Tensor, modality: Tensor) -> Tensor:
-            return self.encoder.image_tokens(image, modality, layer=self.patch_layer).mean(dim=1)
+        def see(tower: ImageTower, image: Tensor) -> Tensor:
+            if not self.reads_pooled:
+                return tower.image_tokens(image, layer=self.patch_layer).mean(dim=1)
+            pooled, tokens = tower.image_features_and_tokens(image, layer=self.patch_layer)
+            return torch.cat([pooled.float(), tokens.mean(dim=1).float()], dim=1)  # side by side through the chunks
 
-        return in_chunks(encode, batch["image"], batch["modality"], chunk_size=chunk_size)
+        found = self.encoder.route(see, batch["image"], image_index(batch), chunk_size)
+        width = self.encoder.embed_dim if self.reads_pooled else 0
+        return {"patch": found[:, width:], **({"pooled": found[:, :width]} if self.reads_pooled else {})}
 
     def _alignment(self, generated: Tensor, real: Tensor, ids: Tensor) -> Tensor:
         temperature = self.log_temperature.exp()
@@ -210,17 +210,18 @@ class AlignmentTask(EncoderTask):
         built: dict[str, Metric] = {"gap": ModalityGap()}
         if self.reads_patches:
             built["patch_gap"] = ModalityGap(prefix="patch_")
-        if self.encoder.has_text:
+        if self.has_texts:
             built.update({name: ImageTextRecall(prefix=f"{name}_") for name in ("real", "generated")})
         return built
 
     def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
         """Real rows go through the real path, generated rows through the adapted branch."""
-        features = self.encode_images(batch)
+        found = self.read(batch)
+        features = found["pooled"] if "pooled" in found else self.encode_images(batch)
         metrics["gap"].update(features, batch["modality"], batch["image_id"])
         if self.reads_patches:
-            metrics["patch_gap"].update(self.mean_tokens(batch), batch["modality"], batch["image_id"])
-        if not self.encoder.has_text:
+            metrics["patch_gap"].update(found["patch"], batch["modality"], batch["image_id"])
+        if not self.has_texts:
             return
         update_recall(metrics, features, self.encoder.encode_text(batch["text"]), batch)
 

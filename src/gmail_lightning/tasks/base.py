@@ -14,44 +14,25 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
 from gmail_lightning.optim import WarmupCosine, parameter_groups
 from gmail_lightning.tasks.checkpoint import SmallCheckpoints
-from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
-
-
-def in_chunks(encode: Callable[..., Tensor], *rows: Tensor, chunk_size: int | None) -> Tensor:
-    """Encodes a batch in chunks whose activations are recomputed in the backward, with the exact gradients of one pass.
-
-    Args:
-        encode: Maps tensors of n rows to features (n, D).
-        rows: Tensors with B rows each.
-        chunk_size: Rows per chunk; None encodes in one piece and keeps the activations.
-
-    Returns:
-        Features of shape (B, D).
-    """
-    if chunk_size is None or len(rows[0]) <= chunk_size:
-        return encode(*rows)
-    pieces = zip(*(r.split(chunk_size) for r in rows), strict=True)
-    return torch.cat([checkpoint(encode, *piece, use_reentrant=False) for piece in pieces])
+from gmail_lightning.types import ImageTextBatch, InputSpec, modality_rows
 
 
 def paired_rows(batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
-    """Masks (B,) of the generated and the real rows of a batch of pairs, pair by pair in the same order.
+    """Numbers of the generated rows (N,) and of the real rows (N,) of a batch of pairs, pair by pair in the same order.
 
     Raises:
         MisconfigurationException: If the batch is not made of pairs.
     """
-    generated = batch["modality"] == Modality.GENERATED
-    pair_id = batch["pair_id"]
-    if (pair_id < 0).any() or not torch.equal(pair_id[generated], pair_id[~generated]):
+    rows = batch if "paired" in batch else modality_rows(batch)
+    if not rows["paired"]:
         raise MisconfigurationException(
             "The batch is not made of pairs, as this task needs: say mode='paired' for MixedModalityDataModule."
         )
-    return generated, ~generated
+    return rows["generated_row"], rows["real_row"]
 
 
 class BaseTask(SmallCheckpoints, ABC):
@@ -85,6 +66,7 @@ class BaseTask(SmallCheckpoints, ABC):
         allow_small_negatives: bool = False,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters()
         self.strict_loading = False  # frozen tensors are not in the checkpoint; on_load_checkpoint checks the rest
         self.optimizer, self.scheduler, self.warmup_steps = optimizer, scheduler, warmup_steps
         self.allow_small_negatives = allow_small_negatives

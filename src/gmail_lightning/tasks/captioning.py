@@ -18,9 +18,8 @@ from torchmetrics import Metric
 
 from gmail_lightning.metrics import CaptionStatistics, CocoCaptionScore, MultipleChoice
 from gmail_lightning.metrics.captioning import JAVA_METRICS
-from gmail_lightning.models import Captioner, DualEncoder, ImageEncoder, ModalityEncoder
+from gmail_lightning.models import Captioner, ImageEncoder, ModalityEncoder, PooledFeatures
 from gmail_lightning.models.branches.fingerprint import frozen_weights, weights_difference
-from gmail_lightning.models.second_stage import block_number, second_stage
 from gmail_lightning.tasks.accumulation import TokenMean
 from gmail_lightning.tasks.encoder_task import EncoderTask, reaching
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
@@ -39,11 +38,8 @@ class CaptioningTask(EncoderTask):
     apart.
 
     Args:
-        encoder: The plain encoder.
-        captioner: What writes; it says whether it reads pooled features or patch tokens.
-        aligned: Checkpoint of an ``AlignmentTask``, or a folder: the newest ``checkpoints/last.ckpt`` below it. None:
-            generated images are taken as real.
-        train_adapters: Train the adapters of the generated branch further, too.
+        encoder: A ``ModalityEncoder`` with ``aligned``, or the plain encoder, which is frozen.
+        captioner: What writes; its ``reader`` says what it sees of an image.
         text_noise: Train on the captions' own text features in place of image features, with Gaussian noise of this
             variance per component, 0.016 in CapDec (arXiv 2211.00575): the rival that needs no image in training. All
             features are then brought to unit norm.
@@ -63,23 +59,19 @@ class CaptioningTask(EncoderTask):
         warmup_steps: See ``BaseTask``.
 
     Raises:
-        ValueError: As ``second_stage``; if a setting is out of its range or the captioner reads features of another
-            width; or if ``text_noise`` meets an encoder without text tower, a captioner of patch tokens, or
-            ``train_adapters``.
+        ValueError: If a setting is out of its range or the captioner reads features of another width; or if
+            ``text_noise`` meets an encoder without text tower, a captioner of patch tokens, or adapters that train.
     """
 
     uses_weights = True
     evaluation_only = frozenset(
         {"metrics", "num_beams", "max_new_tokens", "length_penalty", "min_unique_captions", "java_timeout"}
     )
-    encoder: ModalityEncoder
 
     def __init__(
         self,
         encoder: ImageEncoder,
         captioner: Captioner,
-        aligned: str | dict[str, Any] | None = None,
-        train_adapters: bool = False,
         text_noise: float | None = None,
         label_smoothing: float = 0.0,
         metrics: Sequence[str] = ("bleu", "rouge", "cider"),
@@ -92,8 +84,7 @@ class CaptioningTask(EncoderTask):
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup_steps)
-        self.record_hyperparameters()
+        super().__init__(encoder, optimizer, scheduler, warmup_steps)
         for name, value, least, most in (
             ("num_beams", num_beams, 1, math.inf),
             ("max_new_tokens", max_new_tokens, 1, math.inf),
@@ -103,15 +94,16 @@ class CaptioningTask(EncoderTask):
         ):
             if not least <= value <= most:
                 raise ValueError(f"{name}={value} is out of range: from {least} to {most}.")
-        self._check(encoder, captioner, text_noise, train_adapters)
         CocoCaptionScore(metrics, timeout=java_timeout)  # refuses unknown names now, not after the first epoch
-        self.encoder = second_stage(encoder, aligned, train_adapters=train_adapters)
-        if captioner.feature_layer is not None:
-            self.encoder.freeze_behind(block_number(encoder, captioner.feature_layer, "feature_layer"))
-        self.captioner, self.feature_layer = captioner, captioner.feature_layer
+        self.captioner, self.reader = captioner, captioner.reader
+        last_block = self.reader.last_block(self.encoder)
+        if last_block is not None:
+            self.encoder.freeze_behind(last_block)
+        self.trained_adapters = [p for _, p in self.encoder.image_adapters() if p.requires_grad]
+        self._check(text_noise)
         self.text_noise, self.label_smoothing = text_noise, label_smoothing
         self.score_names, self.min_unique_captions = list(metrics), min_unique_captions
-        self.java_timeout, self.train_adapters = java_timeout, train_adapters
+        self.java_timeout = java_timeout
         self.num_beams, self.max_new_tokens, self.length_penalty = num_beams, max_new_tokens, length_penalty
         self._frozen: tuple[frozenset[str], dict[str, list[float]]] | None = None  # names, and what they hold
         self._accumulated = TokenMean()
@@ -122,23 +114,28 @@ class CaptioningTask(EncoderTask):
         #: By evaluation set, which PTB tokenizer split its captions: ``java``, ``python``, or each in one modality.
         self.tokenizers: dict[str, str] = {}
 
-    @staticmethod
-    def _check(encoder: ImageEncoder, captioner: Captioner, text_noise: float | None, train_adapters: bool) -> None:
-        name = type(captioner).__name__
-        if captioner.feature_layer is None and captioner.image_dim not in (None, encoder.embed_dim):
+    def _check(self, text_noise: float | None) -> None:
+        name, encoder = type(self.captioner).__name__, type(self.encoder.plain).__name__
+        width = self.reader.width(self.encoder)
+        if None not in (width, self.captioner.image_dim) and self.captioner.image_dim != width:
             raise ValueError(
-                f"{name}(image_dim={captioner.image_dim}), but {type(encoder).__name__} gives features of width "
-                f"{encoder.embed_dim}: set image_dim: {encoder.embed_dim}."
+                f"{name}(image_dim={self.captioner.image_dim}), but {encoder} gives features of width {width}: set "
+                f"image_dim: {width}."
             )
         if text_noise is None:
             return
-        if train_adapters:
+        if self.trained_adapters:
             raise ValueError("text_noise trains on texts, which reach no adapter: leave train_adapters out.")
-        if captioner.feature_layer is not None or not isinstance(encoder, DualEncoder):
+        if not isinstance(self.reader, PooledFeatures) or self.encoder.text_spec is None:
             raise ValueError(
                 "text_noise trains on text features in place of pooled image features: it needs an encoder with a text "
-                f"tower and a captioner of pooled features, not {type(encoder).__name__} and {name}."
+                f"tower and a captioner of pooled features, not {encoder} and {name}."
             )
+
+    @staticmethod
+    def route_plain(encoder: ImageEncoder) -> ModalityEncoder:
+        """A plain encoder is frozen."""
+        return ModalityEncoder(encoder)
 
     @property
     def pretrained(self) -> bool:
@@ -162,12 +159,6 @@ class CaptioningTask(EncoderTask):
         self._accumulated = TokenMean()
         self.captioner.train()
 
-    def encode_pixels(self, image: Tensor, modality: Tensor) -> Tensor:
-        """Pooled features (n, D), or patch tokens (n, T, W), every modality through its branch."""
-        if self.feature_layer is None:
-            return super().encode_pixels(image, modality)
-        return self.encoder.image_tokens(image, modality, layer=self.feature_layer)
-
     def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
         """Negative log-likelihood of the captions, weighted by row where the data have weights; how many were cut."""
         if self.text_noise is None:
@@ -183,8 +174,8 @@ class CaptioningTask(EncoderTask):
             weight=batch.get("weight"),
             label_smoothing=self.label_smoothing,
         )
-        if self.train_adapters:  # a batch of real rows alone does not pass them
-            loss = reaching(loss, [p for _, p in self.encoder.image_adapters() if p.requires_grad])
+        if self.trained_adapters:  # a batch of real rows alone does not pass them
+            loss = reaching(loss, self.trained_adapters)
         cut = self.captioner.truncated
         return {"loss": loss, **({"truncated": torch.tensor(float(cut))} if cut else {})}
 
@@ -280,18 +271,12 @@ class CaptioningTask(EncoderTask):
         return self._frozen[1]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what writing depends on and the trained tensors do not show, and frees it from the files begun with."""
+        """Adds what writing depends on and the trained tensors do not show, ."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["captioner"] = {
             "settings": self.captioner.describe(),
             "frozen": self._frozen_captioner(),
-            "initial_files": list(self.captioner.initial_files),
         }
-        settings = checkpoint.get("hyper_parameters", {})
-        if isinstance(settings.get("captioner"), dict):
-            given = settings["captioner"].get("init_args", {})
-            kept = {name: value for name, value in given.items() if name not in self.captioner.initial_files}
-            settings["captioner"] = {**settings["captioner"], "init_args": kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a captioner that would write otherwise than the one that was trained."""

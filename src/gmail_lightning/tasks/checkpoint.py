@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path, PurePath
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin, _given_hyperparameters
-from lightning.pytorch.utilities.parsing import collect_init_args
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
 
-from gmail_lightning.models.adapter_keys import is_adapter_key
+from gmail_lightning.models.branches.adapters import adapter_ids
+from gmail_lightning.models.branches.first_edition import converted
 from gmail_lightning.models.branches.record import check_classes
+from gmail_lightning.models.restoring import restoring
 from gmail_lightning.models.weights import plain_names
 
 #: What ``torch.load(weights_only=True)`` reads back, by exact type: a subclass goes by the name of its class.
@@ -46,18 +48,33 @@ def _plain(value: Any) -> Any:
     return _LIVE
 
 
+def _arguments(cls: type[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a constructor by name, defaults included; none where they do not fit, which the call itself says."""
+    signature = inspect.signature(cls.__init__)
+    try:
+        bound = signature.bind_partial(None, *args, **kwargs)  # partial: a copy is made without arguments
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    named = dict(list(bound.arguments.items())[1:])  # without self
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            named.pop(name, None)
+    return named
+
+
 class SmallCheckpoints(LightningModule):
     """Keeps trainable tensors, adapters and projections."""
 
-    def record_hyperparameters(self) -> None:
-        """Call it first in a constructor, after ``super().__init__()``: saves the arguments of that constructor.
+    _arguments: dict[str, Any]
 
-        Those of a subclass's constructor, too. What the command line recorded is plain and rebuilds the task without
-        arguments. Where it recorded nothing (a task built in Python) live objects are kept out: pass them to
-        ``load_from_checkpoint`` again.
-        """
-        frame = inspect.currentframe()
-        self.save_hyperparameters(frame=frame.f_back if frame else None)
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Notes the arguments of the constructor, of a subclass's own, too."""
+        task = super().__new__(cls)
+        task.__dict__["_arguments"] = _arguments(cls, args, kwargs)
+        return task
 
     def save_hyperparameters(
         self,
@@ -66,21 +83,24 @@ class SmallCheckpoints(LightningModule):
         frame: FrameType | None = None,
         logger: bool = True,
     ) -> None:
-        """As Lightning's, which would copy live objects: modules, data sets, functions. Here they are kept out."""
-        here = inspect.currentframe()
-        frame = frame or (here.f_back if here else None)
-        given = _given_hyperparameters.get()
-        levels = collect_init_args(frame, [], classes=(HyperparametersMixin,)) if frame and given is None else []
-        live = [name for level in levels for name, value in level.items() if _plain(value) is _LIVE]
-        ignored = [ignore] if isinstance(ignore, str) else list(ignore or ())
-        super().save_hyperparameters(*args, ignore=[*ignored, *live], frame=frame, logger=logger)
+        """Records the arguments of the constructor; ``BaseTask`` calls it, and a subclass need not.
+
+        What the command line recorded is plain and rebuilds the task without arguments. Where it recorded nothing (a
+        task built in Python) live objects are kept out, which Lightning would copy: modules, data sets, functions. Pass
+        them to ``load_from_checkpoint`` again.
+        """
+        if _given_hyperparameters.get() is not None:
+            return super().save_hyperparameters(ignore=ignore, frame=frame, logger=logger)
+        given = {name: value for part in args if isinstance(part, Mapping) for name, value in part.items()}
+        kept = {name: value for name, value in (self._arguments | given).items() if _plain(value) is not _LIVE}
+        return super().save_hyperparameters(kept, ignore=ignore, frame=frame, logger=logger)
 
     def _kept_keys(self) -> set[str]:
         """Keys of the state that a checkpoint holds."""
         with torch.enable_grad():  # a parametrization's tensor says whether it trains only here, not in an evaluation
             state = self.state_dict(keep_vars=True)
-        trained = self._trained_buffers()
-        return {k for k, v in state.items() if v.requires_grad or is_adapter_key(k) or k in trained}
+        adapters, trained = adapter_ids(self), self._trained_buffers()
+        return {k for k, v in state.items() if v.requires_grad or id(v) in adapters or k in trained}
 
     def _trained_buffers(self) -> set[str]:
         """Names of the buffers that stand beside trainable parameters, such as running means."""
@@ -110,11 +130,20 @@ class SmallCheckpoints(LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_file():
-            content = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
-            recorded = content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
-            check_classes({**recorded, **kwargs}, checkpoint_path)  # what is passed is not built from the file
-        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
+        if not (isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_file()):
+            return super().load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+            )
+        written = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
+        content, source = converted(written), cast(Any, checkpoint_path)
+        if content.keys() != written.keys() or content.get("hyper_parameters") != written.get("hyper_parameters"):
+            source = io.BytesIO()  # Lightning reads the file by itself
+            torch.save(content, source)
+            source.seek(0)
+        recorded = content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        check_classes({**recorded, **kwargs}, checkpoint_path)  # what is passed is not built from the file
+        with restoring(content):
+            return super().load_from_checkpoint(source, map_location, hparams_file, strict, weights_only, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module``'s; frozen tensors are not in a checkpoint and so not reported as missing.
@@ -133,6 +162,7 @@ class SmallCheckpoints(LightningModule):
         Raises:
             MisconfigurationException: Naming the tensors that are missing or unknown.
         """
+        checkpoint.update(converted(checkpoint))
         kept = set(plain_names(dict.fromkeys(self._kept_keys())))
         given = set(plain_names(checkpoint["state_dict"]))
         if kept != given:

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,10 +18,9 @@ from torchmetrics import Metric
 
 from gmail_lightning.metrics import ZeroShotAccuracy
 from gmail_lightning.metrics.retrieval import full_precision
-from gmail_lightning.models import DualEncoder, ModalityEncoder
-from gmail_lightning.models.second_stage import second_stage
-from gmail_lightning.tasks.base import in_chunks
-from gmail_lightning.tasks.encoder_task import EncoderTask
+from gmail_lightning.models import DualEncoder, ImageEncoder
+from gmail_lightning.models.chunks import in_chunks
+from gmail_lightning.tasks.encoder_task import EncoderTask, require_text
 from gmail_lightning.tasks.logit_scale import CAP, capped_scale, check_cap, hold_cap
 from gmail_lightning.transforms.text import fill, given_templates
 from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality
@@ -43,11 +42,12 @@ class ClassificationTask(EncoderTask):
 
     def __init__(
         self,
+        encoder: ImageEncoder,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup_steps)
+        super().__init__(encoder, optimizer, scheduler, warmup_steps)
         self.eval_classes: dict[str, Classes] = {}  # by evaluation set
         #: Accuracy of every class on real images, by evaluation set; None for a class without images.
         self.class_accuracy: dict[str, dict[str, float | None]] = {}
@@ -118,13 +118,8 @@ class ZeroShotClassificationTask(ClassificationTask):
     encoded anew in every step; the templates take turns, step by step. Real and generated images are evaluated apart.
 
     Args:
-        encoder: The plain dual encoder.
-        aligned: Checkpoint of an ``AlignmentTask``, or a folder: the newest ``checkpoints/last.ckpt`` below it. None:
-            generated images are taken as real.
-        text_side: What of the text side is trained: ``lora``, ``projection`` or ``full``; see ``ModalityEncoder``.
-        text_rank: Rank of LoRA in the text tower.
-        text_targets: Roles of its adapted matrices, of ``q k v out fc1 fc2``.
-        train_adapters: Train the adapters of the generated branch further, too.
+        encoder: A ``ModalityEncoder`` with ``aligned`` and a ``text_side``, or the plain dual encoder, which is trained
+            whole.
         templates: Prompts in place of those of the data sets: the name of a published set, one template, or several.
         max_logit_scale: Cap of a trained logit scale (CLIP, section 2.5), held after every step. That of an encoder
             with a logit bias (SigLIP) has none.
@@ -134,20 +129,13 @@ class ZeroShotClassificationTask(ClassificationTask):
         warmup_steps: See ``BaseTask``.
 
     Raises:
-        ValueError: As ``second_stage``, if a template is malformed or there is none, or if a cap is not positive or
-            meets an encoder with a logit bias.
+        ValueError: If the encoder has no text tower, a template is malformed or there is none, or a cap is not positive
+            or meets an encoder with a logit bias.
     """
-
-    encoder: ModalityEncoder
 
     def __init__(
         self,
         encoder: DualEncoder,
-        aligned: str | dict[str, Any] | None = None,
-        text_side: Literal["frozen", "lora", "projection", "full"] = "lora",
-        text_rank: int = 4,
-        text_targets: Sequence[str] = ("q", "v"),
-        train_adapters: bool = False,
         templates: str | list[str] | None = None,
         max_logit_scale: float = CAP,
         chunk_size: int | None = None,
@@ -155,13 +143,12 @@ class ZeroShotClassificationTask(ClassificationTask):
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup_steps)
-        self.record_hyperparameters()
-        self.encoder = second_stage(encoder, aligned, text_side, text_rank, text_targets, train_adapters)
+        super().__init__(encoder, optimizer, scheduler, warmup_steps)
+        require_text(self.encoder, "ZeroShotClassificationTask names classes by texts")
         for name, parameter in self.encoder.named_parameters():
             if name.endswith(".logit_bias"):  # of a SigLIP; a softmax does not change by it
                 parameter.requires_grad_(False)
-        check_cap(encoder, max_logit_scale)
+        check_cap(self.encoder, max_logit_scale)
         self.templates = None if templates is None else given_templates(templates)
         self.max_logit_scale, self.chunk_size = max_logit_scale, chunk_size
         self._prompts = torch.empty(0)  # (templates, C, L) token ids of the training classes

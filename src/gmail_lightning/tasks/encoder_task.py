@@ -7,16 +7,20 @@ from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from gmail_lightning.models.adapter_keys import is_adapter_key
-from gmail_lightning.models.base import ImageEncoder
+from gmail_lightning.models.base import ImageEncoder, ImageReader
+from gmail_lightning.models.branches.adapters import adapter_ids
 from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
 from gmail_lightning.models.branches.modality import ModalityEncoder
-from gmail_lightning.tasks.base import BaseTask, in_chunks
+from gmail_lightning.models.branches.record import IMAGE_SETTINGS, KEY
+from gmail_lightning.models.branches.routing import ModalityIndex
+from gmail_lightning.models.encoders.readers import PooledFeatures
+from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.tasks.feature_record import refuse_other_features
-from gmail_lightning.types import ImageTextBatch
+from gmail_lightning.types import ImageTextBatch, modality_rows
 
 
 def reaching(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -36,16 +40,38 @@ class _Reaching(torch.autograd.Function):
 
 
 class EncoderTask(BaseTask):
-    """What tasks around an image encoder share; a subclass sets ``encoder``, a router or a plain one.
+    """What tasks around an image encoder share.
 
-    Checkpoints hold, beside what ``BaseTask`` keeps, the fingerprint of the frozen encoder that it leans on, and which
-    alignment its branches are from.
+    Checkpoints hold, beside what ``BaseTask`` keeps, the record of the router (``branches``) and the fingerprint of the
+    frozen encoder that it leans on.
+
+    Args:
+        encoder: The router; a plain encoder becomes one that routes nothing.
+        optimizer: See ``BaseTask``.
+        scheduler: See ``BaseTask``.
+        warmup_steps: See ``BaseTask``.
+        allow_small_negatives: See ``BaseTask``.
     """
 
-    #: Block whose patch tokens the task reads where features are cached; None for pooled features.
-    feature_layer: int | None = None
-    encoder: ImageEncoder
     _base: tuple[frozenset[str], dict[str, Any]] | None = None  # what trained, and the fingerprint of the rest
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+        allow_small_negatives: bool = False,
+    ) -> None:
+        super().__init__(optimizer, scheduler, warmup_steps, allow_small_negatives)
+        self.encoder = ModalityEncoder.around(encoder, self.route_plain)
+        #: How images are looked at.
+        self.reader: ImageReader = PooledFeatures()
+
+    @staticmethod
+    def route_plain(encoder: ImageEncoder) -> ModalityEncoder:
+        """The router of a plain encoder: none of its branches, and what of it requires a gradient trains."""
+        return ModalityEncoder(encoder, train_tower=True)
 
     @property
     def pretrained(self) -> bool:
@@ -56,10 +82,8 @@ class EncoderTask(BaseTask):
         """Says which way each modality goes, and forgets the fingerprint of an earlier run."""
         self._base = None
         super().setup(stage)
-        if isinstance(self.encoder, ModalityEncoder):
-            rank_zero_info(self.encoder.describe())
-        adapted = any(is_adapter_key(key) for key in self.state_dict())
-        if adapted and self.trainer.precision in (
+        rank_zero_info(self.encoder.describe())
+        if adapter_ids(self) and self.trainer.precision in (
             "bf16-true",
             "16-true",
             "transformer-engine",
@@ -71,7 +95,7 @@ class EncoderTask(BaseTask):
 
     def check_feature_stores(self, stores: list[dict[str, Any]], trains: bool) -> None:
         """Compares cached features with the encoder, whose weights are restored by now."""
-        refuse_other_features(self.encoder, stores, self.feature_layer, trains)
+        refuse_other_features(self.encoder, stores, self.reader, trains)
 
     def predict_step(self, batch: ImageTextBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Features of a batch: ``image_features`` (B, D), ``modality`` (B,) and ``sample_key``."""
@@ -79,29 +103,27 @@ class EncoderTask(BaseTask):
         return {"image_features": features, "modality": batch["modality"], "sample_key": batch["sample_key"]}
 
     def encode_images(self, batch: ImageTextBatch, chunk_size: int | None = None) -> Tensor:
-        """Image features of a batch, cached ones in their rows and pixels through the branch of their modality.
+        """What ``reader`` sees of the images of a batch: cached in their rows, pixels through their branch.
 
         Args:
             batch: Rows of pixels, of cached features, or of both.
-            chunk_size: See ``in_chunks``.
+            chunk_size: See ``in_chunks``; rows that no gradient reaches run once all the same.
 
         Returns:
-            Features of shape (B, D); in fp32 where some are cached.
+            Features of shape (B, D) or tokens (B, T, W); in fp32 where some are cached.
         """
-        cached, modality = batch.get("image_features"), batch["modality"]
-        if cached is None:
-            return in_chunks(self.encode_pixels, batch["image"], modality, chunk_size=chunk_size)
-        if "image" not in batch:
+        cached = batch.get("image_features")
+        if cached is not None and "image" not in batch:
             return cached.float()[batch["feature_row"].argsort()]
-        live = in_chunks(self.encode_pixels, batch["image"], modality[batch["image_row"]], chunk_size=chunk_size)
+        live = self.encode_pixels(batch["image"], image_index(batch), chunk_size)
+        if cached is None:
+            return live
         rows = torch.cat([batch["image_row"], batch["feature_row"]])
         return torch.cat([live.float(), cached.float()])[rows.argsort()]
 
-    def encode_pixels(self, image: Tensor, modality: Tensor) -> Tensor:
-        """Features of shape (n, D) for pixels (n, 3, H, W), every modality (n,) through its branch."""
-        if isinstance(self.encoder, ModalityEncoder):
-            return self.encoder.encode_image(image, modality)
-        return self.encoder.encode_image(image)
+    def encode_pixels(self, image: Tensor, modality: Tensor | ModalityIndex, chunk_size: int | None = None) -> Tensor:
+        """What ``reader`` sees of pixels (n, 3, H, W), every modality through its branch."""
+        return self.encoder.route(self.reader.read, image, modality, chunk_size)
 
     def _frozen_base(self, kept: set[str]) -> dict[str, Any] | None:
         """Fingerprint of what the encoder has frozen and the checkpoint leans on; computed once, it does not change."""
@@ -112,28 +134,23 @@ class EncoderTask(BaseTask):
         return base if base["weights"] else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the fingerprint of the frozen encoder, and the alignment."""
+        """Adds the router's record and the fingerprint of the frozen encoder."""
         super().on_save_checkpoint(checkpoint)
-        settings = checkpoint.get("hyper_parameters", {})
-        if isinstance(self.encoder, ModalityEncoder):
-            if isinstance(settings.get("aligned"), str):
-                settings["aligned"] = self.encoder.settings  # the adapters themselves are in the state
-            if self.encoder.alignment is not None:
-                checkpoint["alignment"] = self.encoder.alignment
+        record = self.encoder.record()
+        if record is not None:
+            checkpoint[KEY] = record
         base = self._frozen_base(self._kept_keys())
         if base is not None:
             checkpoint["base_fingerprint"] = base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint fits: the same frozen base, too.
+        """Checks that the checkpoint fits: the same branches, and the same frozen base, too.
 
         Raises:
             MisconfigurationException: As ``BaseTask``, or with both fingerprints and their difference.
         """
         super().on_load_checkpoint(checkpoint)
-        self._refuse_other_settings(checkpoint.get("hyper_parameters", {}))
-        if isinstance(self.encoder, ModalityEncoder):  # its adapters are those of the checkpoint now
-            self.encoder.alignment = checkpoint.get("alignment")
+        self._take_record(checkpoint.get(KEY))
         recorded = checkpoint.get("base_fingerprint")
         if recorded is None:
             return
@@ -145,16 +162,39 @@ class EncoderTask(BaseTask):
                 f"{fingerprint_digest(recorded)}, this one {fingerprint_digest(found)}; they differ in {difference}."
             )
 
-    def _refuse_other_settings(self, hyperparameters: dict[str, Any]) -> None:
+    def _take_record(self, recorded: dict[str, Any] | None) -> None:
         """Refuses settings of the branches that no tensor shows, such as ``alpha``: the features would be others."""
-        if not isinstance(self.encoder, ModalityEncoder):
+        own = self.encoder.record()
+        if recorded is None or own is None:
             return
-        aligned = hyperparameters.get("aligned")
-        recorded = {**hyperparameters, **(aligned if isinstance(aligned, dict) else {})}
-        for name, value in self.encoder.settings.items():
-            given = recorded.get(name, value)
-            if (list(given) if isinstance(given, tuple) else given) != value:
+        there, here = _flat(recorded), _flat(own)
+        for name, given in there.items():
+            if here.get(name) != given:
                 raise MisconfigurationException(
-                    f"The checkpoint was trained with {name}={given!r} of its branches, and here it is {value!r}. Give "
-                    "the settings, or the alignment, that it was trained with."
+                    f"The checkpoint was trained with {name}={given!r} of its branches, and here it is "
+                    f"{here.get(name)!r}. Give the settings, or the alignment, that it was trained with."
                 )
+        self.encoder.alignment = recorded["alignment"]  # its adapters are those of the checkpoint now
+
+
+def require_text(encoder: ModalityEncoder, why: str) -> None:
+    """Refuses an encoder without text tower.
+
+    Raises:
+        ValueError: With the reason, and what to give.
+    """
+    if encoder.text_spec is None:
+        raise ValueError(f"{type(encoder.plain).__name__} has no text tower, but {why}: give a DualEncoder.")
+
+
+def image_index(batch: ImageTextBatch) -> ModalityIndex:
+    """Which of the images of a batch are real and which generated; worked out here of a batch made by hand."""
+    rows = batch if "image_real_row" in batch else modality_rows(batch)
+    return ModalityIndex(rows["image_real_row"], rows["image_generated_row"])
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """How images are routed, by the names of the settings."""
+    settings = {name: record[name] for name in IMAGE_SETTINGS if name != "branch"}
+    branch = record["branch"] or {"class_path": None, "init_args": {}}
+    return {"branch": branch["class_path"], **branch["init_args"], **settings}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from gmail_lightning.models.base import DualEncoder, ImageEncoder
+from gmail_lightning.models.base import ImageEncoder, ImageReader
+from gmail_lightning.models.branches.adapters import adapter_ids
 from gmail_lightning.models.branches.fingerprint import (
     fingerprint,
     fingerprint_difference,
@@ -23,13 +24,13 @@ from gmail_lightning.models.branches.modality import ModalityEncoder
 from gmail_lightning.types import Modality
 
 
-def feature_record(encoder: ImageEncoder, modalities: Collection[Modality], layer: int | None) -> dict[str, Any]:
+def feature_record(encoder: ModalityEncoder, modalities: Collection[Modality], reader: ImageReader) -> dict[str, Any]:
     """Describes the features of an encoder in plain values.
 
     Args:
         encoder: Makes the features.
         modalities: Of the images.
-        layer: Of the patch tokens, None for pooled features.
+        reader: What is read of an image.
 
     Returns:
         ``fingerprint`` of the plain tower, ``branches``: per modality a digest of what its branch adds to the tower,
@@ -38,28 +39,28 @@ def feature_record(encoder: ImageEncoder, modalities: Collection[Modality], laye
     """
     return {
         "fingerprint": fingerprint(encoder, ("image",)),
-        "branches": {which.name.lower(): _digest(encoder, which, layer) for which in sorted(modalities)},
-        "layer": layer,
+        "branches": {which.name.lower(): _digest(encoder, which, reader) for which in sorted(modalities)},
+        "layer": reader.layer,
         "image_spec": {**asdict(encoder.image_spec), "size": list(encoder.image_spec.size)},
-        "probe": {which.name.lower(): _probe(encoder, which, layer) for which in sorted(modalities)},
+        "probe": {which.name.lower(): _probe(encoder, which, reader) for which in sorted(modalities)},
     }
 
 
 def refuse_other_features(
-    encoder: ImageEncoder, stores: Sequence[dict[str, Any]], layer: int | None, trains: bool
+    encoder: ModalityEncoder, stores: Sequence[dict[str, Any]], reader: ImageReader, trains: bool
 ) -> None:
     """Refuses features that this encoder would not make.
 
     Args:
         encoder: The encoder in use.
         stores: Records of the stores, each with its ``path``.
-        layer: Of the patch tokens that the task reads, None for pooled features.
+        reader: What the task reads of an image.
         trains: Whether the run changes trainable tensors.
 
     Raises:
         MisconfigurationException: Naming the store and the difference.
     """
-    own = feature_record(encoder, {Modality[name.upper()] for store in stores for name in store["branches"]}, layer)
+    own = feature_record(encoder, {Modality[name.upper()] for store in stores for name in store["branches"]}, reader)
     for store in stores:
         where = f"{store['path']} cannot be used here: "
         for name in ("layer", "image_spec"):
@@ -71,11 +72,11 @@ def refuse_other_features(
         if difference is not None:
             raise MisconfigurationException(
                 f"{where}its features are of another encoder. The store has fingerprint "
-                f"{fingerprint_digest(store['fingerprint'])}, this {type(encoder).__name__} has "
+                f"{fingerprint_digest(store['fingerprint'])}, this {type(encoder.plain).__name__} has "
                 f"{fingerprint_digest(own['fingerprint'])}; they differ in {difference}. Write a store for this one."
             )
         for name in store["branches"]:
-            if trains and _changes(encoder, Modality[name.upper()], layer):
+            if trains and _changes(encoder, Modality[name.upper()], reader):
                 raise MisconfigurationException(
                     f"{where}it holds {name} images, and this run trains the branch that makes their features. Give "
                     "their pixels: the data set without its store."
@@ -93,18 +94,15 @@ def refuse_other_features(
                 )
 
 
-def _probe(encoder: ImageEncoder, which: Modality, layer: int | None) -> list[float]:
+def _probe(encoder: ModalityEncoder, which: Modality, reader: ImageReader) -> list[float]:
     """Features of a fixed image, in eval mode and without autocast, to six digits."""
     image = fixed_image(encoder)
-    branch = {"modality": torch.tensor([which], device=image.device)} if isinstance(encoder, ModalityEncoder) else {}
+    modality = torch.tensor([which], device=image.device)
     training = [module for module in encoder.modules() if module.training]
     encoder.eval()
     try:
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-            if layer is None:
-                features = encoder.encode_image(image, **branch)
-            else:
-                features = encoder.image_tokens(image, layer=layer, **cast(Any, branch))
+            features = encoder.route(reader.read, image, modality)
     finally:
         for module in training:
             module.training = True
@@ -115,35 +113,32 @@ def _say(digest: str | None) -> str:
     return "plain tower" if digest is None else digest
 
 
-def _branch(encoder: ImageEncoder, which: Modality, layer: int | None) -> dict[str, Tensor]:
+def _branch(encoder: ModalityEncoder, which: Modality, reader: ImageReader) -> dict[str, Tensor]:
     """What the branch of a modality adds to the plain tower; the projections take no part in patch tokens."""
-    if not isinstance(encoder, ModalityEncoder):
-        return {}
-    return dict(encoder.branch_adapters(which, pooled=layer is None))
+    return dict(encoder.branch_adapters(which, pooled=reader.layer is None))
 
 
-def _changes(encoder: ImageEncoder, which: Modality, layer: int | None) -> bool:
+def _changes(encoder: ModalityEncoder, which: Modality, reader: ImageReader) -> bool:
     """Whether the run trains what makes the features: the branch of the modality, or the tower below it."""
-    plain = encoder.encoder if isinstance(encoder, ModalityEncoder) else encoder
-    tower = [value for name, value in plain.named_parameters() if not name.startswith("lora.")]
-    return any(v.requires_grad for v in [*_without_text(plain, tower), *_branch(encoder, which, layer).values()])
+    adapters = adapter_ids(encoder)
+    tower = [value for value in encoder.plain.parameters() if id(value) not in adapters]
+    return any(v.requires_grad for v in [*_without_text(encoder, tower), *_branch(encoder, which, reader).values()])
 
 
 def _without_text(encoder: ImageEncoder, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     """Those of the image tower; all where the encoder does not say which are of the text tower."""
     try:
-        text = {id(value) for value in encoder.text_parameters()} if isinstance(encoder, DualEncoder) else set()
+        text = {id(value) for value in encoder.text_parameters()}
     except NotImplementedError:
         text = set()
     return [value for value in parameters if id(value) not in text]
 
 
-def _digest(encoder: ImageEncoder, which: Modality, layer: int | None) -> str | None:
-    tensors = _branch(encoder, which, layer)
+def _digest(encoder: ModalityEncoder, which: Modality, reader: ImageReader) -> str | None:
+    tensors = _branch(encoder, which, reader)
     if not tensors:
         return None
-    assert isinstance(encoder, ModalityEncoder)
-    digest = hashlib.sha256(repr(encoder.settings["alpha"]).encode())
+    digest = hashlib.sha256(repr(encoder.branch.unseen_settings if encoder.branch else None).encode())
     for name, value in sorted(tensors.items()):
         digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -41,7 +41,6 @@ class ImageGenerationTask(BaseTask):
 
     def __init__(self, generator: ImageGenerator, scorer: DualEncoder | None = None) -> None:
         super().__init__()
-        self.record_hyperparameters()
         self.generator, self.scorer = generator.requires_grad_(False), scorer
         if scorer is not None:
             scorer.requires_grad_(False)

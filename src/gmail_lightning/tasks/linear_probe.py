@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from gmail_lightning.metrics.retrieval import full_precision
 from gmail_lightning.models import ImageEncoder, ModalityEncoder
-from gmail_lightning.models.second_stage import second_stage
 from gmail_lightning.tasks.classification import ClassificationTask
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
@@ -25,33 +24,28 @@ class LinearProbeTask(ClassificationTask):
     one. An evaluation set may hold some of the training classes only: it is then classified among its own.
 
     Args:
-        encoder: The plain encoder; it needs no text tower.
-        aligned: Checkpoint of an ``AlignmentTask``, or a folder: the newest ``checkpoints/last.ckpt`` below it. None:
-            generated images are taken as real.
+        encoder: A ``ModalityEncoder`` with ``aligned``, or the plain encoder, which is frozen; it needs no text tower.
         optimizer: See ``BaseTask``.
         scheduler: See ``BaseTask``.
         warmup_steps: See ``BaseTask``.
-
-    Raises:
-        ValueError: As ``second_stage``.
     """
-
-    encoder: ModalityEncoder
 
     def __init__(
         self,
         encoder: ImageEncoder,
-        aligned: str | dict[str, Any] | None = None,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup_steps)
-        self.record_hyperparameters()
-        self.encoder = second_stage(encoder, aligned)
+        super().__init__(encoder, optimizer, scheduler, warmup_steps)
         self.head: nn.Linear | None = None  # its width is that of the training classes
         self.class_names: list[str] = []
         self._head_is_new = False  # made to evaluate without a checkpoint, or until one is loaded
+
+    @staticmethod
+    def route_plain(encoder: ImageEncoder) -> ModalityEncoder:
+        """A plain encoder is frozen."""
+        return ModalityEncoder(encoder)
 
     @property
     def pretrained(self) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -42,11 +42,6 @@ class LongRetrievalTask(RetrievalTask):
 
     Args:
         encoder: As ``RetrievalTask``; without logit bias.
-        aligned: As ``RetrievalTask``.
-        text_side: As ``RetrievalTask``.
-        text_rank: As ``RetrievalTask``.
-        text_targets: As ``RetrievalTask``.
-        train_adapters: As ``RetrievalTask``.
         short_weight: Weight of the second term.
         num_components: Principal components of the images in the second term.
         label_smoothing: Of both terms.
@@ -64,11 +59,6 @@ class LongRetrievalTask(RetrievalTask):
     def __init__(
         self,
         encoder: DualEncoder,
-        aligned: str | dict[str, Any] | None = None,
-        text_side: Literal["frozen", "lora", "projection", "full"] | None = None,
-        text_rank: int = 4,
-        text_targets: Sequence[str] = ("q", "v"),
-        train_adapters: bool = False,
         short_weight: float = 1.0,
         num_components: int = 32,
         label_smoothing: float = 0.1,
@@ -81,11 +71,6 @@ class LongRetrievalTask(RetrievalTask):
     ) -> None:
         super().__init__(
             encoder,
-            aligned=aligned,
-            text_side=text_side,
-            text_rank=text_rank,
-            text_targets=text_targets,
-            train_adapters=train_adapters,
             max_logit_scale=max_logit_scale,
             contrastive_chunk_size=contrastive_chunk_size,
             optimizer=optimizer,

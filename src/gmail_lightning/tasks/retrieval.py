@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -12,9 +12,9 @@ from torchmetrics import Metric
 from gmail_lightning.losses import clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall
 from gmail_lightning.models import DualEncoder
-from gmail_lightning.models.second_stage import second_stage
-from gmail_lightning.tasks.base import in_chunks, paired_rows
-from gmail_lightning.tasks.encoder_task import EncoderTask
+from gmail_lightning.models.chunks import in_chunks
+from gmail_lightning.tasks.base import paired_rows
+from gmail_lightning.tasks.encoder_task import EncoderTask, require_text
 from gmail_lightning.tasks.logit_scale import CAP, capped_scale, check_cap, hold_cap
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
@@ -22,9 +22,9 @@ from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 class RetrievalTask(EncoderTask):
     """Image-text contrast of a dual encoder: CLIP's loss, or SigLIP's where the encoder has a logit bias.
 
-    With ``text_side`` it is the step of GMAIL (arXiv 2602.15368) that follows the alignment: the image tower stays as
-    it is, and a text side is trained on images of either modality, each seen through its branch. Real images are then
-    retrieved through the frozen branch. Without ``text_side`` the whole encoder is trained, or what of it requires a
+    With a router around the encoder it is the step of GMAIL (arXiv 2602.15368) that follows the alignment: the image
+    tower stays as it is, and a text side is trained on images of either modality, each seen through its branch. Real
+    images are then retrieved through the frozen branch. A plain encoder is trained whole, or what of it requires a
     gradient, and all images are taken alike.
 
     Rows of the same image are never negatives of one another. Evaluation reports R@1/5/10 and median ranks both ways,
@@ -32,13 +32,7 @@ class RetrievalTask(EncoderTask):
     apart, and the sizes of the sets.
 
     Args:
-        encoder: The plain dual encoder.
-        aligned: Checkpoint of an ``AlignmentTask``, or a folder: the newest ``checkpoints/last.ckpt`` below it. None:
-            generated images are taken as real.
-        text_side: ``lora``, ``projection``, ``full``, or ``frozen`` to evaluate; see ``ModalityEncoder``.
-        text_rank: Rank of LoRA in the text tower.
-        text_targets: Roles of its adapted matrices, of ``q k v out fc1 fc2``.
-        train_adapters: Train the adapters of the generated branch further, too.
+        encoder: A ``ModalityEncoder`` with ``aligned`` and a ``text_side``, or the plain dual encoder.
         max_logit_scale: Cap of a trained logit scale (CLIP, section 2.5), held after every step. That of an encoder
             with a logit bias (SigLIP) has none.
         image_weight: Weight of the contrast between the two images of a pair, in both directions at the same scale
@@ -50,21 +44,14 @@ class RetrievalTask(EncoderTask):
         allow_small_negatives: See ``BaseTask``.
 
     Raises:
-        ValueError: If ``aligned`` or ``train_adapters`` comes without ``text_side``, if a cap is not positive or meets
-            an encoder with a logit bias, or as ``second_stage``.
+        ValueError: If the encoder has no text tower, or if a cap is not positive or meets an encoder with a logit bias.
     """
 
     batch_contrastive = True
-    encoder: DualEncoder
 
     def __init__(
         self,
         encoder: DualEncoder,
-        aligned: str | dict[str, Any] | None = None,
-        text_side: Literal["frozen", "lora", "projection", "full"] | None = None,
-        text_rank: int = 4,
-        text_targets: Sequence[str] = ("q", "v"),
-        train_adapters: bool = False,
         max_logit_scale: float = CAP,
         image_weight: float = 0.0,
         contrastive_chunk_size: int | None = None,
@@ -73,17 +60,10 @@ class RetrievalTask(EncoderTask):
         warmup_steps: int = 0,
         allow_small_negatives: bool = False,
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup_steps, allow_small_negatives)
-        self.record_hyperparameters()
-        if text_side is not None:
-            encoder = second_stage(encoder, aligned, text_side, text_rank, text_targets, train_adapters)
-        elif aligned is not None or train_adapters:
-            raise ValueError(
-                "aligned and train_adapters keep the image tower: say what of the text side is trained, "
-                "text_side: lora, projection, full, or frozen to evaluate."
-            )
-        check_cap(encoder, max_logit_scale)
-        self.encoder, self.max_logit_scale, self.image_weight = encoder, max_logit_scale, image_weight
+        super().__init__(encoder, optimizer, scheduler, warmup_steps, allow_small_negatives)
+        require_text(self.encoder, "RetrievalTask contrasts images and captions")
+        check_cap(self.encoder, max_logit_scale)
+        self.max_logit_scale, self.image_weight = max_logit_scale, image_weight
         self.contrastive_chunk_size = contrastive_chunk_size
 
     @property

@@ -67,7 +67,6 @@ class TextToImageTask(BaseTask):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__(optimizer, scheduler, warmup_steps)
-        self.record_hyperparameters()
         from diffusers import DDPMScheduler
         from diffusers.training_utils import EMAModel
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import ROLES, DualEncoder, ImageEncoder
+from gmail_lightning.models.branches.adapters import LoRA
 from gmail_lightning.models.branches.modality import ModalityEncoder
 from gmail_lightning.testing.faults import CAPTIONS, outcome, reload_faults, report, require
 from gmail_lightning.types import Modality
@@ -105,7 +106,9 @@ def _lora_faults(encoder: ImageEncoder, image: Tensor) -> Iterator[str]:
     with torch.no_grad():
         plain = encoder.encode_image(image)
     roles = sorted({target.role for target in targets})
-    router, faults = outcome("ModalityEncoder", lambda: ModalityEncoder(copy.deepcopy(encoder), rank=2, targets=roles))
+    router, faults = outcome(
+        "ModalityEncoder", lambda: ModalityEncoder(copy.deepcopy(encoder), branch=LoRA(2, targets=roles))
+    )
     yield from faults
     if not faults:
         yield from _branch_faults(router, image, plain)

@@ -26,7 +26,7 @@ def check_captioner(captioner: Captioner, image_dim: int = 16, tokens: int = 5) 
         AssertionError: With one sentence per fault.
     """
     require(captioner, Captioner)
-    shape = (len(CAPTIONS), *(() if captioner.feature_layer is None else (tokens,)), captioner.image_dim or image_dim)
+    shape = (len(CAPTIONS), *((tokens,) if captioner.reader.gives_tokens else ()), captioner.image_dim or image_dim)
     features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     report(captioner, _captioner_faults(copy.deepcopy(captioner), features))
 

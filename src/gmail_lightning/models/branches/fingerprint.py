@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmail_lightning.models.base import DualEncoder, ImageEncoder, Tower
+from gmail_lightning.models.base import ImageEncoder, Tower
 from gmail_lightning.models.branches.lora import lora_disabled
 from gmail_lightning.models.branches.tensor_names import stored_tensors
 from gmail_lightning.models.weights import plain_names
@@ -58,8 +58,8 @@ def fingerprint(
         "activation": plain.activation,
         "mean": [float(value) for value in plain.mean],
         "std": [float(value) for value in plain.std],
-        "dual": isinstance(plain, DualEncoder),
-        "context_length": plain.text_spec.context_length if isinstance(plain, DualEncoder) else None,
+        "dual": plain.text_spec is not None,
+        "context_length": None if plain.text_spec is None else plain.text_spec.context_length,
         "towers": [tower for tower in towers if tower in found],
         "weights": weights,
         "trained": trained,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gmail_lightning.models.base import ROLES, ImageEncoder, LoRATarget, Tower
+from gmail_lightning.models.branches.state import rename_state
 
 # Where each role lives in a block of open_clip, timm or transformers: (path of the module, name of the parameter).
 _FUSED = (("attn", "in_proj_weight"), ("attn.qkv", "weight"))
@@ -59,10 +60,9 @@ def add_lora(
     if rank < 1:
         raise ValueError(f"rank={rank}: LoRA needs a rank of at least 1.")
     container = getattr(encoder, "lora", None)
-    if not isinstance(container, LoRA):
-        container = encoder.lora = LoRA()
-        encoder.register_state_dict_post_hook(_to_plain_keys)
-        encoder.register_load_state_dict_pre_hook(_from_plain_keys)
+    if not isinstance(container, LoRAContainer):
+        container = encoder.lora = LoRAContainer()
+        rename_state(encoder, _plain_name, _stored_name)
     if tower in container:
         raise ValueError(f"The {tower} tower of this {type(encoder).__name__} has LoRA already.")
 
@@ -98,7 +98,7 @@ def lora_disabled(encoder: ImageEncoder) -> Iterator[None]:
     Keep backward passes outside: what activation checkpointing recomputes must see the branch that it saw first.
     """
     container = getattr(encoder, "lora", None)
-    if not isinstance(container, LoRA):
+    if not isinstance(container, LoRAContainer):
         yield
         return
     before, container.switch.enabled = container.switch.enabled, False
@@ -117,10 +117,15 @@ def merge_lora(encoder: ImageEncoder) -> dict[str, Tensor]:
     Raises:
         ValueError: If the encoder has no LoRA.
     """
-    if not isinstance(getattr(encoder, "lora", None), LoRA):
+    if not isinstance(getattr(encoder, "lora", None), LoRAContainer):
         raise ValueError(
             f"This {type(encoder).__name__} has no LoRA: call add_lora first (of a ModalityEncoder: .encoder)."
         )
+    return merged_state(encoder)
+
+
+def merged_state(encoder: ImageEncoder) -> dict[str, Tensor]:
+    """As ``merge_lora``; without LoRA, in one tower or in both, their weights as they are."""
     model = encoder.wrapped
     merged = {}
     for key, tensor in model.state_dict().items():
@@ -141,7 +146,7 @@ def merge_lora(encoder: ImageEncoder) -> dict[str, Tensor]:
 def lora_blocks(encoder: ImageEncoder, tower: Tower = "image") -> dict[int, dict[str, LowRank]]:
     """Returns the factors of a tower by block and role; empty where it has no LoRA."""
     container = getattr(encoder, "lora", None)
-    blocks: Any = container[tower] if isinstance(container, LoRA) and tower in container else {}
+    blocks: Any = container[tower] if isinstance(container, LoRAContainer) and tower in container else {}
     return {int(number): dict(roles.items()) for number, roles in blocks.items()}
 
 
@@ -202,21 +207,19 @@ def _match(encoder: ImageEncoder, targets: Collection[str], tower: Tower) -> lis
     return matched
 
 
-def _to_plain_keys(encoder: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """Hook after ``state_dict``: ``...parametrizations.weight.original`` becomes ``...weight``."""
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        if match := _ORIGINAL.search(key):
-            state_dict[key[: match.start()] + match[1]] = state_dict.pop(key)
+def _plain_name(encoder: nn.Module, name: str) -> str:
+    """``...parametrizations.weight.original`` is ``...weight`` in a state dict."""
+    return _ORIGINAL.sub(r"\1", name)
 
 
-def _from_plain_keys(encoder: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hook before ``load_state_dict``: the way back."""
-    for path, module in encoder.named_modules():
-        if isinstance(module, parametrize.ParametrizationList):
-            host, _, name = path.rpartition(".parametrizations.")
-            plain = f"{prefix}{host}.{name}"
-            if plain in state_dict:
-                state_dict[f"{prefix}{path}.original"] = state_dict.pop(plain)
+def _stored_name(encoder: nn.Module, name: str) -> str:
+    """The way back, where the matrix of this name is adapted."""
+    path, _, last = name.rpartition(".")
+    host: Any = encoder
+    for part in path.split(".") if path else ():
+        host = getattr(host, part, None)
+    is_stored_apart = isinstance(host, nn.Module) and parametrize.is_parametrized(host, last)
+    return f"{path}.parametrizations.{last}.original".removeprefix(".") if is_stored_apart else name
 
 
 @dataclass
@@ -226,7 +229,7 @@ class Switch:
     enabled: bool = True
 
 
-class LoRA(nn.ModuleDict):
+class LoRAContainer(nn.ModuleDict):
     """The adapters of one encoder: tower, block, role."""
 
     def __init__(self) -> None:

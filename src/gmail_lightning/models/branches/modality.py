@@ -1,47 +1,66 @@
-"""``ModalityEncoder``: one set of weights, a frozen branch for real images and a LoRA branch for generated ones."""
+"""``ModalityEncoder``: the router, which says what of an encoder real images pass, and what generated ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
-import torch
 from torch import Tensor, nn
 
-from gmail_lightning.models.adapter_keys import add_prefix, drop_prefix, is_adapter_key
-from gmail_lightning.models.base import DualEncoder, ImageEncoder, LoRATarget, Tower
-from gmail_lightning.models.branches.record import build_encoder, read_branches
-from gmail_lightning.models.branches.lora import add_lora, lora_blocks, lora_disabled
-from gmail_lightning.types import ImageSpec, Modality, TextSpec
+from gmail_lightning.models.base import ImageEncoder
+from gmail_lightning.models.branches.adapters import Projection, adapter_ids
+from gmail_lightning.models.branches.branch import Branch
+from gmail_lightning.models.branches.lora import add_lora
+from gmail_lightning.models.branches.record import (
+    BranchRecord,
+    build_branch,
+    build_encoder,
+    find_alignment,
+    public_path,
+    read_branches,
+    restored_branches,
+)
+from gmail_lightning.models.branches.routing import ModalityIndex, Read, Side, route, through
+from gmail_lightning.models.branches.state import rename_state
+from gmail_lightning.models.branches.wrapper import WrappedEncoder
+from gmail_lightning.types import Modality
 
 RealPath = Literal["frozen", "projected", "adapted"]
 TextSide = Literal["frozen", "lora", "projection", "full"]
 
 
-class ModalityEncoder(DualEncoder):
-    """Sends real images through the pretrained tower and generated ones through the same tower with LoRA.
+class ModalityEncoder(WrappedEncoder):
+    """Sends real images through the pretrained tower, and generated ones through a branch of their own.
 
-    GMAIL, https://arxiv.org/abs/2602.15368, Algorithm 1 and section 3.2. The tower always stays in eval mode, whatever
-    ``train()`` says. With ``real_path="frozen"`` real features equal those of the plain encoder bit for bit. The state
-    dict has the keys of the plain encoder, ``lora.<tower>.<block>.<role>.A`` and ``.B``, and the projections.
+    GMAIL, https://arxiv.org/abs/2602.15368, Algorithm 1 and section 3.2. A recipe writes it around the plain encoder,
+    and every task holds one. The tower stays in eval mode, whatever ``train()`` says. With ``real_path="frozen"`` real
+    features equal those of the plain encoder bit for bit. The state dict has the keys of the plain encoder, those of
+    the branch (``lora.<tower>.<block>.<role>.A`` and ``.B``; ``branch...``), and the projections.
 
     Args:
-        encoder: The plain encoder. It is adapted in place: used by itself, it is the generated branch from now on.
-        rank: Rank of LoRA; 0 adapts nothing, and generated images are taken as real ones.
-        alpha: LoRA is scaled by ``alpha / rank``.
-        targets: Roles of the adapted matrices, some of ``q k v out fc1 fc2``.
-        real_path: Branch of real images: ``frozen`` is the plain tower (Algorithm 1), ``projected`` the plain tower and
-            a trained projection, ``adapted`` the tower with LoRA and a trained projection (section 3.2).
+        encoder: The plain encoder. It may be adapted in place: used by itself, it is the generated branch from now on.
+        branch: What generated images pass: ``LoRA``, ``FullCopy`` or a ``Branch`` of one's own; None: the plain tower,
+            as real ones.
+        aligned: Checkpoint of an ``AlignmentTask`` that the branch, the real path and the projections are taken from;
+            or a folder: the newest ``checkpoints/last.ckpt`` below it. While a checkpoint of a later task is loaded it
+            is not read: that one holds them too.
+        real_path: Branch of real images: ``frozen``, the default, is the plain tower (Algorithm 1), ``projected`` the
+            plain tower and a trained projection, ``adapted`` the branch and a trained projection (section 3.2).
         projection: A linear map D to D on the generated side, without bias, from the identity. The real paths
             ``projected`` and ``adapted`` always have one on either side.
         text_side: What of the text tower is to be trained: nothing (``frozen``), LoRA with alpha = 2 rank (``lora``), a
             linear map D to D after it, from the identity (``projection``), or all of it and the logit scale (``full``).
         text_rank: Rank of LoRA in the text tower.
         text_targets: Roles of its adapted matrices.
+        train_adapters: Whether the branch and the projections train; by default new ones do, aligned ones do not.
+        train_tower: Train what of the encoder requires a gradient, without branches: what a plain encoder that is given
+            to a task becomes.
 
     Raises:
-        ValueError: As ``add_lora``, or if ``real_path`` or ``text_side`` is unknown.
+        ValueError: If ``real_path`` or ``text_side`` is unknown, arguments contradict one another, there is no such
+            alignment or it is of another encoder, or as ``Branch.attach``.
         TypeError: If ``text_side`` is not ``frozen`` and the encoder has no text tower.
     """
 
@@ -49,153 +68,180 @@ class ModalityEncoder(DualEncoder):
         self,
         encoder: ImageEncoder,
         *,
-        rank: int = 4,
-        alpha: float = 8.0,
-        targets: Collection[str] = ("q", "v"),
-        real_path: RealPath = "frozen",
-        projection: bool = False,
+        branch: Branch | None = None,
+        aligned: str | None = None,
+        real_path: RealPath | None = None,
+        projection: bool | None = None,
         text_side: TextSide = "frozen",
         text_rank: int = 4,
         text_targets: Collection[str] = ("q", "v"),
+        train_adapters: bool | None = None,
+        train_tower: bool = False,
     ) -> None:
-        for argument, value, known in (
-            ("real_path", real_path, get_args(RealPath)),
-            ("text_side", text_side, get_args(TextSide)),
-        ):
-            if value not in known:
-                raise ValueError(f"{argument}={value!r}: give one of {', '.join(known)}.")
+        _refuse_unknown("real_path", "frozen" if real_path is None else real_path, RealPath)
+        _refuse_unknown("text_side", text_side, TextSide)
+        routed = [branch, aligned, real_path, projection, train_adapters]
+        if train_tower and (text_side != "frozen" or any(value is not None for value in routed)):
+            raise ValueError("train_tower trains the encoder itself, and nothing is routed: leave the rest out.")
+        if aligned is not None and (branch, real_path, projection) != (None, None, None):
+            raise ValueError("aligned brings its own branch, real_path and projection: leave these out.")
         super().__init__(encoder.mean, encoder.std)
-        if rank:
-            add_lora(encoder, rank=rank, alpha=alpha, targets=targets)
-        else:
-            encoder.requires_grad_(False)
-        self.encoder = encoder.eval()
-        self.real_path, self.text_side = real_path, text_side
         #: Which alignment the adapters are from: ``path``, ``step`` and ``digest`` of its checkpoint; None for none.
         self.alignment: dict[str, Any] | None = None
-        self.settings = {
-            "rank": rank, "alpha": alpha, "targets": list(targets), "real_path": real_path, "projection": projection
-        }  # fmt: skip
+        found: BranchRecord | None = None
+        if aligned is not None and (taken := restored_branches()) is None:
+            found = find_alignment(aligned)
+            found.check(encoder)
+            taken = found.settings
+        if aligned is not None and taken is not None:
+            branch = build_branch(taken["branch"], aligned)
+            real_path, projection = taken["real_path"], taken["projection"]
+        self.train_tower, self.train_adapters = (
+            train_tower,
+            aligned is None if train_adapters is None else train_adapters,
+        )
+        if not train_tower:
+            encoder.requires_grad_(False)
+        self.encoder = encoder if train_tower else encoder.eval()
+        if branch is not None:
+            branch.attach(encoder)
+        self.branch = branch
+        self.real_path: RealPath = real_path or "frozen"
+        self.text_side, self.text_rank, self.text_targets = text_side, text_rank, list(text_targets)
         self.pretrained, self.activation = encoder.pretrained, encoder.activation
-        two_sided = real_path != "frozen"
-        self.generated_projection = _identity(encoder.embed_dim) if projection or two_sided else None
-        self.real_projection = _identity(encoder.embed_dim) if two_sided else None
-        self.text_side_projection = _identity(self._dual.embed_dim) if text_side == "projection" else None
-        if text_side == "lora":
-            add_lora(self._dual, rank=text_rank, alpha=2.0 * text_rank, targets=text_targets, tower="text")
-        elif text_side == "full":
-            for parameter in self._dual.text_parameters():
+        two_sided = self.real_path != "frozen"
+        self.generated_projection = Projection(encoder.embed_dim) if projection or two_sided else None
+        self.real_projection = Projection(encoder.embed_dim) if two_sided else None
+        self.text_side_projection = Projection(encoder.embed_dim) if text_side == "projection" else None
+        self._open_text_side()
+        for name, parameter in self.image_adapters():
+            is_taken = aligned is not None and name.startswith("real_projection.")
+            parameter.requires_grad_(parameter.requires_grad and self.train_adapters and not is_taken)
+        rename_state(self, _plain_name, _stored_name)
+        if found is not None:
+            self._take(found)
+
+    def _open_text_side(self) -> None:
+        if self.text_side != "frozen" and self.encoder.text_spec is None:
+            raise TypeError(
+                f"{type(self.encoder).__name__} has no text tower: leave text_side out, or give a DualEncoder."
+            )
+        if self.text_side == "lora":
+            alpha = 2.0 * self.text_rank
+            add_lora(self.encoder, rank=self.text_rank, alpha=alpha, targets=self.text_targets, tower="text")
+        elif self.text_side == "full":
+            for parameter in self.encoder.text_parameters():
                 parameter.requires_grad_(True)
-        self.register_state_dict_post_hook(drop_prefix)
-        self.register_load_state_dict_pre_hook(add_prefix)
+
+    def _take(self, found: BranchRecord) -> None:
+        """Loads the adapters of an alignment."""
+        state = self.state_dict(keep_vars=True)
+        own = adapter_ids(self) & {
+            id(t) for module in self._routing() for t in (*module.parameters(), *module.buffers())
+        }
+        names = [name for name, tensor in state.items() if id(tensor) in own]
+        absent = sorted(set(names) - found.state.keys())
+        if absent:
+            raise ValueError(f"{found.path}: lacks the adapters {absent[:4]}.")
+        self.load_state_dict({name: found.state[name] for name in names}, strict=False)
+        self.alignment = found.alignment(names)
+
+    @classmethod
+    def around(cls, encoder: ImageEncoder, build: Callable[[ImageEncoder], ModalityEncoder]) -> ModalityEncoder:
+        """A router itself; around a plain encoder the one that ``build`` makes.
+
+        While a checkpoint is loaded that holds branches, a plain encoder gets these.
+        """
+        if isinstance(encoder, ModalityEncoder):
+            return encoder
+        taken = restored_branches()
+        return build(encoder) if taken is None else cls.from_record(encoder, taken)
+
+    @classmethod
+    def from_record(cls, encoder: ImageEncoder, record: dict[str, Any]) -> Self:
+        """Builds the router that ``record`` describes around a plain encoder, without its tensors."""
+        settings = {name: value for name, value in record.items() if name != "alignment"}
+        model = cls(encoder, **{**settings, "branch": build_branch(record["branch"], "The checkpoint")})
+        model.alignment = record["alignment"]
+        return model
+
+    def record(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps of the router beside tensors, in plain values; None where nothing is routed."""
+        if self.train_tower:
+            return None
+        branch = None
+        if self.branch is not None:
+            branch = {"class_path": public_path(type(self.branch)), "init_args": self.branch.settings}
+        return {
+            "branch": branch,
+            "real_path": self.real_path,
+            "projection": self.generated_projection is not None,
+            "text_side": self.text_side,
+            "text_rank": self.text_rank,
+            "text_targets": self.text_targets,
+            "train_adapters": self.train_adapters,
+            "alignment": self.alignment,
+        }
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the mode of the projections; the tower stays in eval."""
+        """Sets the mode of the branch and the projections; the tower stays in eval unless it trains."""
         super().train(mode)
-        self.encoder.eval()
+        self.encoder.train(mode and self.train_tower)
         return self
 
-    def encode_image(self, image: Tensor, modality: Tensor | None = None) -> Tensor:
+    # Images
+
+    def encode_image(self, image: Tensor, modality: Tensor | ModalityIndex | None = None) -> Tensor:
         """Maps pixels in [0, 1] to features, each row through the branch of its modality.
 
         Args:
             image: Pixels, shape (B, 3, H, W).
-            modality: ``Modality`` of each row, shape (B,); without it all rows are real.
+            modality: ``Modality`` of each row, shape (B,), or which rows are which; without it all rows are real.
 
         Returns:
             Unnormalised features, shape (B, D).
         """
-        return self._route(
-            self.encoder.encode_image, image, modality, projections=(self.real_projection, self.generated_projection)
-        )
+        return self.route(lambda tower, rows: tower.encode_image(rows), image, modality)
 
-    def image_tokens(self, image: Tensor, modality: Tensor | None = None, layer: int = -2) -> Tensor:  # type: ignore[override]
+    def image_tokens(  # type: ignore[override]
+        self, image: Tensor, modality: Tensor | ModalityIndex | None = None, layer: int = -2
+    ) -> Tensor:
         """Maps pixels to patch tokens of one block, shape (B, T, W), each row through the branch of its modality.
 
         The projections act in the joint space and so take no part.
         """
-        return self._route(lambda rows: self.encoder.image_tokens(rows, layer=layer), image, modality)
-
-    def _route(
-        self,
-        encode: Callable[[Tensor], Tensor],
-        image: Tensor,
-        modality: Tensor | None,
-        projections: tuple[nn.Linear | None, nn.Linear | None] = (None, None),
-    ) -> Tensor:
-        def branch(rows: Tensor, which: Modality) -> Tensor:
-            if which is Modality.REAL and self.real_path != "adapted":
-                with torch.no_grad(), lora_disabled(self.encoder):
-                    features = encode(rows)
-            else:
-                features = encode(rows)
-            return _project(features, projections[which])
-
-        if modality is None:
-            return branch(image, Modality.REAL)
-        if modality.shape != image.shape[:1]:
-            raise ValueError(
-                f"{len(image)} images, but modality has shape {tuple(modality.shape)}: give one per image."
-            )
-        rows = {which: (modality == which).nonzero().squeeze(1) for which in Modality}
-        if sum(map(len, rows.values())) != len(image):
-            raise ValueError(f"modality must be 0 (real) or 1 (generated), got {modality.unique().tolist()}.")
-        for which, index in rows.items():
-            if len(index) == len(image):
-                return branch(image, which)
-        features = torch.cat([branch(image[index], which) for which, index in rows.items()])
-        return features[torch.cat(list(rows.values())).argsort()]
-
-    def _fqn_modifiers(self) -> dict[str, str]:
-        """Tells torch.distributed.checkpoint that ``encoder.`` is left out of the keys."""
-        parts = (self.encoder.named_children(), self.encoder.named_parameters(recurse=False))
-        return {name: "encoder" for part in parts for name, _ in part}
-
-    @property
-    def has_text(self) -> bool:
-        """Whether the plain encoder has a text tower."""
-        return isinstance(self.encoder, DualEncoder)
-
-    @property
-    def image_spec(self) -> ImageSpec:
-        """As the plain encoder's."""
-        return self.encoder.image_spec
-
-    @property
-    def embed_dim(self) -> int:
-        """As the plain encoder's."""
-        return self.encoder.embed_dim
-
-    @property
-    def plain(self) -> ImageEncoder:
-        """The plain encoder."""
-        return self.encoder
-
-    @property
-    def wrapped(self) -> nn.Module:
-        """As the plain encoder's."""
-        return self.encoder.wrapped
-
-    def lora_targets(self, roles: Collection[str], tower: Tower = "image") -> list[LoRATarget]:
-        """As the plain encoder's."""
-        return self.encoder.lora_targets(roles, tower)
-
-    @property
-    def text_spec(self) -> TextSpec:
-        """As the plain encoder's."""
-        return self._dual.text_spec
+        return self.route(lambda tower, rows: tower.image_tokens(rows, layer=layer), image, modality)
 
     def encode_text(self, text: Tensor) -> Tensor:
         """As the plain encoder's, with what ``text_side`` adds."""
-        return _project(self._dual.encode_text(text), self.text_side_projection)
+        features = self.encoder.encode_text(text)
+        return features if self.text_side_projection is None else self.text_side_projection(features)
 
-    def text_parameters(self) -> Iterator[nn.Parameter]:
-        """As the plain encoder's."""
-        return self._dual.text_parameters()
+    def route(
+        self, read: Read, image: Tensor, modality: Tensor | ModalityIndex | None = None, chunk_size: int | None = None
+    ) -> Tensor:
+        """What ``read`` makes of images, each row through the branch of its modality; see ``routing.route``."""
+        if modality is None or (self.branch is None and self.generated_projection is None):
+            return through(self._side(Modality.REAL), read, image, chunk_size)
+        return route(read, image, modality, (self._side(Modality.REAL), self._side(Modality.GENERATED)), chunk_size)
+
+    def _side(self, which: Modality) -> Side:
+        projection = (self.real_projection, self.generated_projection)[which]
+        if self.branch is None or (which is Modality.REAL and self.real_path != "adapted"):
+            return Side(
+                self.encoder, projection, not self.train_tower, nullcontext if self.branch is None else self.branch.off
+            )
+        return Side(self.branch, projection, False, nullcontext)
+
+    # What routes
+
+    def _routing(self) -> list[nn.Module]:
+        parts = (*(self.branch.adapters() if self.branch else ()), self.real_projection, self.generated_projection)
+        return [module for module in parts if module is not None]
 
     def image_adapters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and tensors of what routes images: LoRA of the image tower and the image projections."""
-        return self._named([*self._factors(), self.real_projection, self.generated_projection])
+        """Names and tensors of what routes images: those of the branch, and the image projections."""
+        return self._named(self._routing())
 
     def branch_adapters(self, which: Modality, pooled: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and tensors that the branch of a modality adds to the plain tower.
@@ -205,28 +251,24 @@ class ModalityEncoder(DualEncoder):
             pooled: Whether pooled features are meant; the projections take no part in patch tokens.
         """
         projection = (self.real_projection, self.generated_projection)[which] if pooled else None
-        adapted = which is Modality.GENERATED or self.real_path == "adapted"
-        return self._named([*(self._factors() if adapted else []), projection])
+        adapted = self.branch is not None and (which is Modality.GENERATED or self.real_path == "adapted")
+        modules = [*(cast(Branch, self.branch).adapters() if adapted else ()), projection]
+        return self._named(module for module in modules if module is not None)
 
     def freeze_behind(self, block: int) -> None:
         """Freezes the adapters that the patch tokens of a block do not pass: of later blocks, and the projections."""
-        for module in (*self._factors(behind=block), self.real_projection, self.generated_projection):
+        behind = self.branch.modules_behind(block) if self.branch else ()
+        for module in (*behind, self.real_projection, self.generated_projection):
             if module is not None:
                 module.requires_grad_(False)
 
-    def _factors(self, behind: int = -1) -> list[nn.Module]:
-        blocks = lora_blocks(self.encoder).items()
-        return [factors for number, roles in blocks if number > behind for factors in roles.values()]
-
-    def _named(self, modules: Iterable[nn.Module | None]) -> Iterator[tuple[str, nn.Parameter]]:
-        own = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+    def _named(self, modules: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+        own = adapter_ids(self) & {id(parameter) for module in modules for parameter in module.parameters()}
         return ((name, parameter) for name, parameter in self.named_parameters() if id(parameter) in own)
 
     def describe(self) -> str:
         """Says in one line which way each modality goes and what is trained."""
-        generated = (
-            f"the tower with LoRA of rank {self.settings['rank']}" if self.settings["rank"] else "the plain tower"
-        )
+        generated = "the plain tower" if self.branch is None else f"the tower with {self.branch!r}"
         if self.generated_projection is not None:
             generated += " and a projection"
         if self.alignment is not None:
@@ -236,27 +278,6 @@ class ModalityEncoder(DualEncoder):
             f"Real images: {self.real_path} path. Generated images: {generated}. Text side: {self.text_side}. "
             f"{trained:,} parameters of the encoder are trained."
         )
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """As the plain encoder's."""
-        return self._dual.logit_scale
-
-    @property
-    def log_scale(self) -> nn.Parameter | None:
-        """As the plain encoder's."""
-        return self._dual.log_scale
-
-    @property
-    def logit_bias(self) -> Tensor | None:
-        """As the plain encoder's."""
-        return self._dual.logit_bias
-
-    @property
-    def _dual(self) -> DualEncoder:
-        if not isinstance(self.encoder, DualEncoder):
-            raise TypeError(f"{type(self.encoder).__name__} has no text tower: give a DualEncoder.")
-        return self.encoder
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, encoder: ImageEncoder | None = None) -> Self:
@@ -272,27 +293,36 @@ class ModalityEncoder(DualEncoder):
                 another base than the encoder's.
         """
         recorded = read_branches(path)
-        encoder = build_encoder(recorded.hyperparameters, path) if encoder is None else encoder
+        encoder = build_encoder(recorded.encoder, path, cls) if encoder is None else encoder
         recorded.check(encoder)
-        model = cls(encoder, **recorded.image_settings, **recorded.text_settings)
-        known = model.state_dict(keep_vars=True)
-        needed = {key for key, value in known.items() if is_adapter_key(key) or value.requires_grad}
+        model = cls.from_record(encoder, recorded.settings)
+        known, kept = model.state_dict(keep_vars=True), adapter_ids(model)
+        needed = {key for key, value in known.items() if id(value) in kept or value.requires_grad}
         missing, unknown = needed - recorded.state.keys(), recorded.state.keys() - known.keys()
         if missing or unknown:
             raise ValueError(f"{path}: lacks {sorted(missing)[:4]} and has unknown {sorted(unknown)[:4]}.")
         model.load_state_dict(recorded.state, strict=False)
         return model.eval()
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Tells torch.distributed.checkpoint that ``encoder.`` is left out of the keys."""
+        parts = (self.encoder.named_children(), self.encoder.named_parameters(recurse=False))
+        return {name: "encoder" for part in parts for name, _ in part}
 
-def _identity(width: int) -> nn.Linear:
-    linear = nn.Linear(width, width, bias=False)
-    nn.init.eye_(linear.weight)
-    return linear
+
+def _refuse_unknown(argument: str, value: str, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise ValueError(f"{argument}={value!r}: give one of {', '.join(get_args(kind))}.")
 
 
-def _project(features: Tensor, projection: nn.Linear | None) -> Tensor:
-    """Applies a projection in fp32, so that the identity changes nothing under autocast either."""
-    if projection is None:
-        return features
-    with torch.autocast(features.device.type, enabled=False):
-        return cast(Tensor, projection(features.float())).to(features.dtype)
+_OWN = ("branch.", "generated_projection.", "real_projection.", "text_side_projection.")
+
+
+def _plain_name(router: nn.Module, name: str) -> str:
+    """The wrapped encoder's keys stand beside the projections."""
+    return name.removeprefix("encoder.")
+
+
+def _stored_name(router: nn.Module, name: str) -> str:
+    """The way back."""
+    return name if name.startswith(_OWN) else f"encoder.{name}"

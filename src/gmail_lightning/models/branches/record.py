@@ -1,7 +1,8 @@
-"""What a checkpoint records of its encoder and its branches."""
+"""What a checkpoint records of the router of its encoder, and how a router is built again from it."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,25 +13,26 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.models.base import ImageEncoder
+from gmail_lightning.models.branches.branch import Branch
 from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
+from gmail_lightning.models.branches.first_edition import converted
+from gmail_lightning.models.restoring import restored
 from gmail_lightning.models.weights import plain_names
 
-#: Arguments of ``ModalityEncoder`` that say how images are routed, and those of the text side.
-IMAGE_SETTINGS = ("rank", "alpha", "targets", "real_path", "projection")
-TEXT_SETTINGS = ("text_side", "text_rank", "text_targets")
-
-
+#: Where a checkpoint of a task keeps the record of its router.
+KEY = "branches"
+#: What of a record says how images are routed; the rest is of the text side.
+IMAGE_SETTINGS = ("branch", "real_path", "projection")
 #: Packages whose classes a checkpoint may name before they are imported.
 PACKAGES = ("gmail_lightning", "lightning", "torch", "torchvision", "transformers")
 
 
-class Branches(NamedTuple):
+class BranchRecord(NamedTuple):
     """What a checkpoint records of its ``ModalityEncoder``."""
 
     path: Path
-    hyperparameters: dict[str, Any]
-    image_settings: dict[str, Any]  # of IMAGE_SETTINGS
-    text_settings: dict[str, Any]  # of TEXT_SETTINGS
+    settings: dict[str, Any]  # ``ModalityEncoder.record``
+    encoder: dict[str, Any] | None  # the plain encoder or the router, as the command line recorded it
     state: dict[str, Tensor]
     base: dict[str, Any]  # fingerprint of the plain encoder
     step: int | None  # of the run that wrote it
@@ -50,8 +52,15 @@ class Branches(NamedTuple):
                 "Load the encoder that the task was trained with."
             )
 
+    def alignment(self, names: Sequence[str]) -> dict[str, Any]:
+        """Says what adapters are from: ``path``, ``step``, and a ``digest`` of the tensors of these names."""
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            digest.update(name.encode() + self.state[name].float().numpy().tobytes())
+        return {"path": str(self.path), "step": self.step, "digest": digest.hexdigest()[:12]}
 
-def read_branches(path: str | Path) -> Branches:
+
+def read_branches(path: str | Path) -> BranchRecord:
     """Reads the adapters of a checkpoint: of an alignment, or of a task that went on from one.
 
     Raises:
@@ -59,22 +68,35 @@ def read_branches(path: str | Path) -> Branches:
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint.")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    settings = content.get("hyper_parameters", {})
-    if isinstance(settings.get("aligned"), dict):  # where tasks after the alignment keep its settings
-        settings = {**settings, **settings["aligned"]}
-    if settings.get("text_side") is not None:  # trained without an alignment
-        settings = {"rank": 0, **settings}
+    content = converted(torch.load(path, map_location="cpu", weights_only=True))
     base = content.get("base_fingerprint")
-    if base is None or "rank" not in settings:
+    if base is None or KEY not in content:
         raise ValueError(f"{path}: no branches of an encoder in it. Give a checkpoint of an alignment task.")
     prefix = "encoder."
     held = plain_names(content["state_dict"])
     state = {k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)}
-    of_images, of_texts = (
-        {n: settings[n] for n in names if n in settings} for names in (IMAGE_SETTINGS, TEXT_SETTINGS)
-    )
-    return Branches(Path(path), settings, of_images, of_texts, state, base, content.get("global_step"))
+    recorded = content.get("hyper_parameters", {}).get("encoder")
+    return BranchRecord(Path(path), content[KEY], recorded, state, base, content.get("global_step"))
+
+
+def find_alignment(aligned: str) -> BranchRecord:
+    """Reads the alignment that a recipe names: a checkpoint, or a folder with the newest one below it.
+
+    Raises:
+        ValueError: If there is none, or it has no branch for generated images.
+    """
+    if not isinstance(aligned, str):
+        raise ValueError(f"aligned={aligned!r}: give a string, which a checkpoint can record.")
+    path = newest_checkpoint(aligned) if Path(aligned).is_dir() else Path(aligned)
+    if path is None or not path.exists():
+        raise ValueError(
+            f"aligned={aligned!r}: no such checkpoint, and no checkpoints/last.ckpt below it. Run the alignment first, "
+            "as the header of the recipe says, or give its checkpoint."
+        )
+    found = read_branches(path)
+    if found.settings["branch"] is None and not found.settings["projection"]:
+        raise ValueError(f"{path}: no branch for generated images in it. Give the checkpoint of an alignment.")
+    return found
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -82,25 +104,59 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return max(Path(folder).rglob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
 
-def build_encoder(settings: dict[str, Any], path: str | Path) -> ImageEncoder:
-    """Builds the plain encoder from the hyperparameters in a checkpoint, as the command line recorded them.
+def restored_branches() -> dict[str, Any] | None:
+    """The router's record in the checkpoint that is about to be loaded; None where there is none."""
+    content = restored()
+    return None if content is None else content.get(KEY)
+
+
+def build_encoder(recorded: Any, path: str | Path, router: type[ImageEncoder]) -> ImageEncoder:
+    """Builds the plain encoder that a checkpoint records, as the command line wrote it down.
+
+    Args:
+        recorded: ``class_path`` and ``init_args``, of the encoder or of a router around it.
+        path: Of the checkpoint, for messages.
+        router: The class of routers, which are looked into.
 
     Raises:
-        ValueError: If they record none, or name a class that is no encoder.
+        ValueError: If nothing is recorded, or a class that is no encoder.
     """
-    recorded = settings.get("encoder")
     if not isinstance(recorded, dict) or "class_path" not in recorded:
         raise ValueError(f"{path}: it does not record its encoder (the task was built in Python). Pass encoder=.")
+    found = _import_class(recorded, path, "encoder", ImageEncoder)
+    settings = recorded.get("init_args", {})
+    return build_encoder(settings.get("encoder"), path, router) if issubclass(found, router) else found(**settings)
+
+
+def build_branch(recorded: dict[str, Any] | None, path: str | Path) -> Branch | None:
+    """Builds the branch that a router's record names, without its tensors.
+
+    Raises:
+        ValueError: If it names a class that is no branch.
+    """
+    if recorded is None:
+        return None
+    found: type[Branch] = _import_class(recorded, path, "branch", Branch)
+    return found(**recorded["init_args"])
+
+
+def public_path(kind: type[Any]) -> str:
+    """Where a class is imported from; one of ours from where users import it, whatever file it is in."""
+    package = "gmail_lightning.models"
+    return f"{package if kind.__module__.startswith(package) else kind.__module__}.{kind.__qualname__}"
+
+
+def _import_class(recorded: dict[str, Any], path: str | Path, what: str, base: type[Any]) -> Any:
     check_classes(recorded, path)
     module, _, name = recorded["class_path"].rpartition(".")
     found = getattr(importlib.import_module(module or "gmail_lightning.models"), name, None)
     if found is None and not module:
-        found = {known.__name__: known for known in _subclasses(ImageEncoder)}.get(name)
-    if not isinstance(found, type) or not issubclass(found, ImageEncoder):
+        found = {known.__name__: known for known in _subclasses(base)}.get(name)
+    if not isinstance(found, type) or not issubclass(found, base):
         raise ValueError(
-            f"{path}: encoder {recorded['class_path']!r} is no ImageEncoder. Import its module, or pass encoder=."
+            f"{path}: {what} {recorded['class_path']!r} is no {base.__name__}. Import its module, or pass {what}=."
         )
-    return found(**recorded.get("init_args", {}))
+    return found
 
 
 def check_classes(recorded: Any, path: str | Path) -> None:

@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor
 
-from gmail_lightning.models.base import DualEncoder, ImageEncoder
+from gmail_lightning.models.base import ImageEncoder
 from gmail_lightning.models.weights import plain_names
 
 # By tower: where its blocks are, and names for what lies beside them. Other tensors are called by their own keys.
@@ -95,8 +95,6 @@ def stored_tensors(encoder: ImageEncoder) -> dict[str, tuple[str, Tensor]]:
 
 def _text_keys(encoder: ImageEncoder) -> set[str]:
     """Keys of the text tower's parameters, and the modules that hold them; none where the encoder does not tell."""
-    if not isinstance(encoder, DualEncoder):
-        return set()
     try:
         texts = {id(parameter) for parameter in encoder.text_parameters()}
     except NotImplementedError:

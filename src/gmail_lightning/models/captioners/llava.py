@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gmail_lightning.losses.captioning import IGNORED, caption_loss, counted_tokens, refuse_masked
-from gmail_lightning.models.base import Captioner
+from gmail_lightning.models.base import Captioner, ImageReader
 from gmail_lightning.models.captioners.chat import ImageChat
 from gmail_lightning.models.captioners.language_model import max_positions, written
 from gmail_lightning.models.captioners.loading import llava_from_parts, load_llava, load_projector
+from gmail_lightning.models.encoders.readers import PatchTokens
+from gmail_lightning.models.restoring import restored
 
 
 class _Inputs(NamedTuple):
@@ -42,7 +44,7 @@ class Llava(Captioner):
             ``build_language_model``.
         tokenizer: Its tokenizer, where it is another than the language model's; ``emoji`` ships with the package.
         image_dim: Width W of the patch tokens: 1024 of ViT-L/14. Only with parts.
-        feature_layer: Block of the encoder that they are from; -2 is the last but one. Only with parts.
+        reader: What it sees of an image; by default the patch tokens of the last block but one. Only with parts.
         projector: Weights of a projector to begin with: a checkpoint of the first stage, the folder of its run, or
             LLaVA's own ``mm_projector.bin``.
         tune: What is trained: the ``projector``, or with it LoRA in all linear layers of the language model (``lora``),
@@ -65,7 +67,6 @@ class Llava(Captioner):
     language_model: Any
     tokenizer: Any
     projector: nn.Module
-    initial_files = ("projector",)
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class Llava(Captioner):
         language_model: str | dict[str, Any] | None = None,
         tokenizer: str | None = None,
         image_dim: int | None = None,
-        feature_layer: int = -2,
+        reader: ImageReader | None = None,
         projector: str | None = None,
         tune: Literal["projector", "lora", "full"] = "projector",
         lora_rank: int = 128,
@@ -93,20 +94,22 @@ class Llava(Captioner):
         if tune == "full" and dtype != "float32":
             raise ValueError(f"tune: full trains the language model: hold it in float32, not {dtype}.")
         if pretrained is not None:
-            if image_dim is not None:
-                raise ValueError("image_dim belongs to a model from parts; a pretrained one says it itself.")
+            if image_dim is not None or reader is not None:
+                raise ValueError(
+                    "image_dim and reader belong to a model from parts; a pretrained one says them itself."
+                )
             parts = load_llava(pretrained, tokenizer, dtype)
         else:
             if image_dim is None:
                 raise ValueError("A Llava from parts needs image_dim, the width of the encoder's patch tokens.")
-            parts = llava_from_parts(cast(Any, language_model), tokenizer, image_dim, feature_layer, dtype)
+            parts = llava_from_parts(cast(Any, language_model), tokenizer, image_dim, reader or PatchTokens(), dtype)
         if tune != "full" and not parts.knows_language:
             raise ValueError(f"tune: {tune} needs a language model with weights, and this one is new: tune: full.")
         self.language_model, self.projector, self.tokenizer = parts.language_model, parts.projector, parts.tokenizer
-        if projector is not None:
+        if projector is not None and restored() is None:
             load_projector(self.projector, projector)
         self.pretrained = pretrained is not None or (parts.knows_language and projector is not None)
-        self.tune, self.feature_layer = tune, parts.feature_layer
+        self.tune, self.reader = tune, parts.reader
         self.image_dim = int(cast(Any, self.projector).linear_1.in_features)
         self.truncated = 0  # answers that were cut in training
         self.max_length = min(max_length, max_positions(self.language_model) or max_length)
@@ -114,7 +117,11 @@ class Llava(Captioner):
             self.tokenizer.chat_template = chat_template
         self.chat = ImageChat(self.tokenizer, parts.image_token, prompt)
         adapter = {"lora_rank": lora_rank, "lora_alpha": lora_alpha} if tune == "lora" else {}
-        self._description = {"feature_layer": self.feature_layer, "tune": tune, **adapter}
+        self._description: dict[str, str | int | float | bool | None] = {
+            "reader": repr(self.reader),
+            "tune": tune,
+            **adapter,
+        }
         self._set_trainable(lora_rank, lora_alpha, lora_dropout)
         if grad_checkpointing:
             self._checkpoint_blocks()

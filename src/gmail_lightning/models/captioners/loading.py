@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gmail_lightning.models.base import ImageReader
 from gmail_lightning.models.branches.record import newest_checkpoint
-from gmail_lightning.models.encoders.hf_tower import OFFLINE
 from gmail_lightning.models.captioners.language_model import build_language_model, load_tokenizer, writing_model
+from gmail_lightning.models.encoders.hf_tower import OFFLINE
+from gmail_lightning.models.encoders.readers import PatchTokens
 from gmail_lightning.models.weights import plain_files, plain_names
 
 # Names of the two layers: ours and of transformers, or of LLaVA's own files (mm_projector.bin).
@@ -41,18 +43,18 @@ class LlavaParts(NamedTuple):
     projector: nn.Module  # fp32
     tokenizer: Any  # with a chat template where the tokenizer or the processor has one
     image_token: str
-    feature_layer: int  # block whose patch tokens it reads
+    reader: ImageReader  # what it sees of an image
 
 
 def llava_from_parts(
-    language_model: str | dict[str, Any], tokenizer: str | None, image_dim: int, feature_layer: int, dtype: str
+    language_model: str | dict[str, Any], tokenizer: str | None, image_dim: int, reader: ImageReader, dtype: str
 ) -> LlavaParts:
     """Puts a new projector before any causal language model; arguments as ``Llava``."""
     model, words, knows_language = build_language_model(language_model, tokenizer, dtype)
     built: Any = model
     projector = Projector(image_dim, built.get_input_embeddings().embedding_dim)
     image_token = getattr(words, "image_token", None) or "<image>"
-    return LlavaParts(built, knows_language, projector, words, image_token, feature_layer)
+    return LlavaParts(built, knows_language, projector, words, image_token, reader)
 
 
 def load_llava(path: str, tokenizer: str | None = None, dtype: str = "float32") -> LlavaParts:
@@ -100,7 +102,9 @@ def load_llava(path: str, tokenizer: str | None = None, dtype: str = "float32") 
     if hollow:
         raise ValueError(f"{path}: its {config.text_config.model_type} has parts that a LLaVA does not hold: {hollow}.")
     image_token = words.convert_ids_to_tokens(config.image_token_id)
-    return LlavaParts(writing_model(causal), True, llava.model.multi_modal_projector, words, image_token, layer)
+    return LlavaParts(
+        writing_model(causal), True, llava.model.multi_modal_projector, words, image_token, PatchTokens(layer)
+    )
 
 
 def load_projector(projector: nn.Module, path: str) -> None:

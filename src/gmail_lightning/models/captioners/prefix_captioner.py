@@ -11,7 +11,14 @@ from torch.nn import functional as F
 
 from gmail_lightning.losses.captioning import caption_loss, counted_tokens, refuse_masked
 from gmail_lightning.models.base import Captioner
-from gmail_lightning.models.captioners.language_model import build_language_model, caption_labels, max_positions, written
+from gmail_lightning.models.captioners.language_model import (
+    build_language_model,
+    caption_labels,
+    max_positions,
+    written,
+)
+from gmail_lightning.models.encoders.readers import PooledFeatures
+from gmail_lightning.models.restoring import restored
 from gmail_lightning.models.weights import plain_names
 
 Mapper = Literal["mlp", "transformer", "linear"]
@@ -108,6 +115,7 @@ class ClipCap(Captioner):
 
     gpt: Any
     tokenizer: Any
+    reader = PooledFeatures()
 
     def __init__(
         self,
@@ -146,13 +154,12 @@ class ClipCap(Captioner):
             first.weight.data.mul_(image_dim**0.5)
         self.image_dim, self.prefix_length, self.normalize_prefix = image_dim, prefix_length, normalize_prefix
         self.tune_language_model, self.max_length = tune_language_model, min(max_length, room)
-        #: A language model that stays as it is is not in a checkpoint: its file is needed again.
-        self.initial_files = ("pretrained",) if tune_language_model else ()
         self.end_id = self.tokenizer.eos_token_id if stop is None else self._only_token(stop)
         self.stop, self.appends_end = stop, stop is None
         self.truncated = 0  # captions that were cut in training
         self.gpt.requires_grad_(tune_language_model)
-        if pretrained is not None:
+        in_checkpoint = tune_language_model and restored() is not None
+        if pretrained is not None and not in_checkpoint:  # a language model that stays as it is is in no checkpoint
             self._load(pretrained)
         self.eval()
 

@@ -11,9 +11,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gmail_lightning.models.base import DualEncoder, LoRATarget, Tower
-from gmail_lightning.models.encoders.hf_tower import ACTIVATIONS, OFFLINE, patch_tokens, pixel_settings, tower_layers, tower_size
-from gmail_lightning.models.encoders.long_text import KEEP, LONG, stretch_table
 from gmail_lightning.models.branches.lora import block_targets
+from gmail_lightning.models.encoders.hf_tower import (
+    ACTIVATIONS,
+    OFFLINE,
+    features_and_tokens,
+    patch_tokens,
+    pixel_settings,
+    tower_layers,
+    tower_size,
+)
+from gmail_lightning.models.encoders.long_text import KEEP, LONG, stretch_table
 from gmail_lightning.models.weights import plain_files, plain_names
 from gmail_lightning.types import ImageSpec, TextSpec
 
@@ -139,6 +147,10 @@ class HFCLIPEncoder(DualEncoder):
         Blocks behind ``layer`` are not run.
         """
         return patch_tokens(self.model, self.normalize_pixels(image), layer)
+
+    def image_features_and_tokens(self, image: Tensor, layer: int = -2) -> tuple[Tensor, Tensor]:
+        """``encode_image`` and ``image_tokens`` in one pass."""
+        return features_and_tokens(self.model, lambda: self.encode_image(image), layer)
 
     def lora_targets(self, roles: Collection[str], tower: Tower = "image") -> list[LoRATarget]:
         """Lists the matrices of a tower that play the given roles, block by block."""

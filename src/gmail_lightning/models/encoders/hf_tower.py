@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, cast
 
@@ -76,9 +76,24 @@ class HFImageEncoder(ImageEncoder):
         """As ``HFCLIPEncoder``'s."""
         return patch_tokens(self.model, self.normalize_pixels(image), layer)
 
+    def image_features_and_tokens(self, image: Tensor, layer: int = -2) -> tuple[Tensor, Tensor]:
+        """``encode_image`` and ``image_tokens`` in one pass."""
+        return features_and_tokens(self.model, lambda: self.encode_image(image), layer)
+
     def lora_targets(self, roles: Collection[str], tower: Tower = "image") -> list[LoRATarget]:
         """Lists the matrices of the tower that play the given roles, block by block."""
         return block_targets(tower_layers(self.model, "image"), roles) if tower == "image" else []
+
+
+def features_and_tokens(model: nn.Module, encode: Callable[[], Tensor], layer: int) -> tuple[Tensor, Tensor]:
+    """What ``encode`` gives, and on its way the patch tokens of one block."""
+    layers, kept = tower_layers(model, "image"), []
+    handle = layers[layer].register_forward_hook(lambda block, inputs, output: kept.append(output))
+    try:
+        features = encode()
+    finally:
+        handle.remove()
+    return features, without_class_token(model, kept[0])
 
 
 def patch_tokens(model: nn.Module, pixels: Tensor, layer: int) -> Tensor:
@@ -87,12 +102,20 @@ def patch_tokens(model: nn.Module, pixels: Tensor, layer: int) -> Tensor:
     if not -len(layers) <= layer < len(layers):
         raise IndexError(f"layer={layer}: this tower has {len(layers)} blocks.")
     hidden = vision.embeddings(pixels)
-    is_clip = hasattr(vision, "pre_layrnorm")  # CLIP alone has it, and a class token
-    if is_clip:
+    if _is_clip(model):
         hidden = vision.pre_layrnorm(hidden)
     for block in layers[: layer % len(layers) + 1]:
         hidden = block(hidden, None)
-    return cast(Tensor, hidden[:, 1:] if is_clip else hidden)
+    return without_class_token(model, hidden)
+
+
+def without_class_token(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The patch tokens among the hidden states of a tower."""
+    return hidden[:, 1:] if _is_clip(model) else hidden
+
+
+def _is_clip(model: nn.Module) -> bool:
+    return hasattr(image_tower(model), "pre_layrnorm")  # CLIP alone has it, and a class token
 
 
 def _load_tower(model: str) -> tuple[nn.Module, dict[str, Any]]:

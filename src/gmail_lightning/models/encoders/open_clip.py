@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import DualEncoder, LoRATarget, Tower
-from gmail_lightning.models.encoders.long_text import KEEP, LONG, read_long_clip, stretch_table
 from gmail_lightning.models.branches.lora import block_targets
+from gmail_lightning.models.encoders.long_text import KEEP, LONG, read_long_clip, stretch_table
 from gmail_lightning.models.encoders.open_clip_loading import (
     CONFIG,
     MERGES,
@@ -195,20 +195,30 @@ class OpenCLIPEncoder(DualEncoder):
 
         Blocks behind ``layer`` are not run.
         """
+        return cast(Tensor, self._intermediates(image, layer, tokens_only=True)["image_intermediates"][0])
+
+    def image_features_and_tokens(self, image: Tensor, layer: int = -2) -> tuple[Tensor, Tensor]:
+        """``encode_image`` and ``image_tokens`` in one pass."""
+        output = self._intermediates(image, layer, tokens_only=False)
+        return output["image_features"], output["image_intermediates"][0]
+
+    def _intermediates(self, image: Tensor, layer: int, tokens_only: bool) -> dict[str, Any]:
         visual = cast(Any, self.model.visual)
         if not hasattr(visual, "forward_intermediates"):
             raise NotImplementedError(f"image_tokens needs a vision transformer, not {type(visual).__name__}.")
         blocks = transformer_blocks(self.model, "image")
         if not -len(blocks) <= layer < len(blocks):
             raise IndexError(f"layer={layer}: this tower has {len(blocks)} blocks.")
-        output = visual.forward_intermediates(
-            self.normalize_pixels(image),
-            indices=[layer % len(blocks)],
-            stop_early=True,
-            intermediates_only=True,
-            output_fmt="NLC",
+        return cast(
+            dict[str, Any],
+            visual.forward_intermediates(
+                self.normalize_pixels(image),
+                indices=[layer % len(blocks)],
+                stop_early=tokens_only,
+                intermediates_only=tokens_only,
+                output_fmt="NLC",
+            ),
         )
-        return cast(Tensor, output["image_intermediates"][0])
 
     def lora_targets(self, roles: Collection[str], tower: Tower = "image") -> list[LoRATarget]:
         """Lists the matrices of open_clip's own transformers and of timm's trunks; other towers have none."""

@@ -17,7 +17,8 @@ from gmail_lightning.models.base import Tower
 from gmail_lightning.models.weights import plain_files, plain_names
 
 #: The small CLIPs that ship with the package: one knows the real hand, the other all hands but that.
-SHIPPED = {"emoji": Path(__file__).parent / "emoji_clip", "emoji_scorer": Path(__file__).parent / "emoji_scorer"}
+_MODELS = Path(__file__).parents[1]
+SHIPPED = {"emoji": _MODELS / "emoji_clip", "emoji_scorer": _MODELS / "emoji_scorer"}
 
 CONFIG, WEIGHTS, MERGES = "open_clip_config.json", "open_clip_model.safetensors", "merges.txt.gz"
 RESIZE_MODES = {"shortest": "crop", "squash": "squash", "longest": "longest"}
