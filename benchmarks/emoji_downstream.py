@@ -3,7 +3,7 @@
     python benchmarks/emoji_downstream.py [FOLDER]
 
 Runs ``recipes/emoji/align.yaml`` and, on top of it, ``retrieval.yaml``, ``linear_probe.yaml``, ``zeroshot.yaml`` and
-``caption_clipcap.yaml`` on three seeds each: as they are, with ``--model.init_args.aligned null`` and with real images
+``caption_clipcap.yaml`` on three seeds each: as they are, with ``--model.encoder.aligned null`` and with real images
 alone; the captioner without any image, too (``text_only.yaml``). Prints a table.
 ``novel`` are concepts that the aligner never saw: the figure to quote. What lies in FOLDER already is not run again.
 """
@@ -50,9 +50,9 @@ def mean(values: list[float], sign: str = "") -> str:
 
 
 def main(folder: Path) -> int:
-    settings = {"aligned": lambda seed: (f"--model.init_args.aligned={folder}/align-{seed}",)}
-    settings["as_real"] = lambda seed: ("--model.init_args.aligned=null",)
-    settings["real_only"] = lambda seed: ("--model.init_args.aligned=null", REAL)
+    settings = {"aligned": lambda seed: (f"--model.encoder.aligned={folder}/align-{seed}",)}
+    settings["as_real"] = lambda seed: ("--model.encoder.aligned=null",)
+    settings["real_only"] = lambda seed: ("--model.encoder.aligned=null", REAL)
     settings["text_only"] = lambda seed: (f"--config={recipes_folder() / 'rivals/text_only.yaml'}",)
     for seed in SEEDS:
         run("align", seed, folder / f"align-{seed}")

@@ -65,5 +65,5 @@ def test_an_untrained_captioner_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GMAIL_LIGHTNING_RUN_DIR", raising=False)
-    assert main(["validate", *CLIPCAP, "--model.init_args.aligned=null"]) == 2
+    assert main(["validate", *CLIPCAP, "--model.encoder.aligned=null"]) == 2
     assert "CaptioningTask" in capsys.readouterr().err

@@ -4,12 +4,13 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from tiny_encoders import routed
 from torchvision.transforms import Normalize
 
 from gmail_lightning.export import export_checkpoint
-from gmail_lightning.models import HFCLIPEncoder, ModalityEncoder, OpenCLIPEncoder
+from gmail_lightning.models import HFCLIPEncoder, LoRA, ModalityEncoder, OpenCLIPEncoder
+from gmail_lightning.models.branches.adapters import adapter_keys
 from gmail_lightning.models.branches.fingerprint import fingerprint
-from gmail_lightning.models.branches.modality import is_adapter_key
 
 TEXT = {"context_length": 16, "vocab_size": 512 + 8 + 2, "width": 32, "heads": 2, "layers": 1}
 NATIVE = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 16}
@@ -44,7 +45,9 @@ def write(path: Path, model: ModalityEncoder | OpenCLIPEncoder, encoder: OpenCLI
     adapted = isinstance(model, ModalityEncoder)
     init = {"config": encoder.model_config, "merges": str(encoder.merges)}
     content = {
-        "state_dict": {f"encoder.{k}": v for k, v in model.state_dict().items() if is_adapter_key(k) or not adapted},
+        "state_dict": {
+            f"encoder.{k}": v for k, v in model.state_dict().items() if k in adapter_keys(model) or not adapted
+        },
         "hyper_parameters": {"encoder": {"class_path": "OpenCLIPEncoder", "init_args": init}, **settings},
     }
     if adapted:
@@ -63,7 +66,7 @@ def base(kind: str, merges: Path) -> OpenCLIPEncoder:
 def test_plain_open_clip_gives_the_generated_branch(merges, tmp_path, kind: str, projection: bool) -> None:
     encoder = base(kind, merges)
     settings = {"rank": 3, "alpha": 6.0, "targets": ["q", "v", "out", "fc1", "fc2"], "projection": projection}
-    model = ModalityEncoder(encoder, **settings)
+    model = routed(encoder, **settings)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -95,14 +98,14 @@ def test_the_real_branch_with_its_text_side(merges, tmp_path, side: str, rank: i
     images = {"rank": rank, "alpha": 6.0, "targets": ["q", "v"], "real_path": "frozen", "projection": False}
     texts = {"text_side": side, "text_rank": 2, "text_targets": ["v", "fc2"]}
     encoder = base("native", merges)
-    model = ModalityEncoder(encoder, **images, **texts)
+    model = routed(encoder, **images, **texts)
     torch.manual_seed(2)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     recorded = {"aligned": images if rank else None, **texts}
     path = write(tmp_path / "a.ckpt", model, encoder, **recorded)
-    kept = {k for k, v in model.state_dict(keep_vars=True).items() if v.requires_grad or is_adapter_key(k)}
+    kept = {k for k, v in model.state_dict(keep_vars=True).items() if v.requires_grad or k in adapter_keys(model)}
     content = torch.load(path)
     content["state_dict"] = {f"encoder.{k}": model.state_dict()[k] for k in kept}
     content["base_fingerprint"] = fingerprint(model, ("image",) if side == "full" else ("image", "text"))
@@ -130,7 +133,7 @@ def test_checkpoint_without_adapters_is_written_as_it_is(merges, tmp_path) -> No
 
 def test_what_cannot_be_exported_is_refused(merges, tmp_path) -> None:
     encoder = base("timm_without_matrix", merges)
-    model = ModalityEncoder(encoder, projection=True)
+    model = ModalityEncoder(encoder, branch=LoRA(), projection=True)
     settings = {"rank": 4, "alpha": 8.0, "targets": ["q", "v"], "projection": True}
     path = write(tmp_path / "a.ckpt", model, encoder, **settings)
     with pytest.raises(ValueError, match="projection of the images cannot be folded"):

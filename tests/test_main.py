@@ -25,7 +25,7 @@ SHORT = [
 ]  # fmt: skip
 ALIGN = ["--config", str(recipes_folder() / "emoji/align.yaml"), *SHORT, "--trainer.val_check_interval=3"]
 PRETRAIN = ["--config", str(recipes_folder() / "emoji/pretrain.yaml"), *SHORT, "--trainer.limit_val_batches=0"]
-UNTRAINED = [f"--model.init_args.encoder={json.dumps(RANDOM)}"]
+UNTRAINED = [f"--model.init_args.encoder.init_args.encoder={json.dumps(RANDOM)}"]
 
 
 def status(args: list[str]) -> int:
@@ -105,10 +105,10 @@ def test_lightnings_private_names_are_there() -> None:
 @pytest.mark.parametrize(
     ("given", "printed"),
     [
-        (["--model.init_args.encoder.init_args.model_name", "null"], "model_name: null"),
-        (["--model.init_args.encoder.init_args.model_name=null"], "model_name: null"),
-        (['--model.init_args.encoder.init_args.config={"a": null, "b": [true, "None"]}'], "a: null"),
-        (['--model.init_args.encoder.init_args.config={"a": null, "b": [true, "None"]}'], "- None\n"),
+        (["--model.init_args.encoder.init_args.encoder.init_args.model_name", "null"], "model_name: null"),
+        (["--model.init_args.encoder.init_args.encoder.init_args.model_name=null"], "model_name: null"),
+        (['--model.init_args.encoder.init_args.encoder.init_args.config={"a": null, "b": [true, "None"]}'], "a: null"),
+        (['--model.init_args.encoder.init_args.encoder.init_args.config={"a": null, "b": [true, "None"]}'], "- None\n"),
         (["--model.init_args.temperature", "null"], "temperature: null"),
     ],
 )
@@ -122,11 +122,13 @@ def test_null_stays_null_at_any_depth(given: list[str], printed: str, capsys: py
     ("wrong", "answer"),
     [
         (["--model", "AlignmntTask"], "Did you mean 'AlignmentTask'"),
-        (["--model.init_args.rnak", "3"], "Did you mean 'rank'"),
-        (["--model.init_args.encoder", "OpenClipEncodr"], "OpenCLIPEncoder"),
+        (["--model.init_args.symetric", "true"], "Did you mean 'symmetric'"),
+        (["--model.encoder.encoder", "OpenClipEncodr"], "OpenCLIPEncoder"),
         (["--data.init_args.batchsize", "3"], "Did you mean 'batch_size'"),
         (["--trainer.max_stps", "3"], "Did you mean 'max_steps'"),
         (["--modle.x", "3"], "Did you mean 'model'"),
+        (["--model.init_args.rank", "3"], "'rank' is of the encoder now: --model.encoder ModalityEncoder around"),
+        (["--model.init_args.aligned", "runs/a"], "plain one, --model.encoder.aligned."),
     ],
 )
 def test_a_misspelt_name_is_answered_with_the_known_ones(

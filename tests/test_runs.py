@@ -22,6 +22,7 @@ from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 from gmail_lightning import runs
 from gmail_lightning.callbacks import last_checkpoint
 from gmail_lightning.main import main, recipes_folder
+from gmail_lightning.models import LoRA, ModalityEncoder
 from gmail_lightning.runs import make_record, new_folder, run_of_job, run_to_resume, settings_of
 from gmail_lightning.tasks import AlignmentTask
 
@@ -484,7 +485,7 @@ def test_the_last_state_knows_of_the_validation_at_its_step(tmp_path: Path) -> N
     callbacks = [Validated(), last_checkpoint.LastCheckpoint()]
     settings = {"val_check_interval": 2, "num_sanity_val_steps": 0, "enable_checkpointing": True}
     trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=callbacks, **settings)
-    trainer.fit(AlignmentTask(tiny_encoder(), rank=2), emoji_data(mode="paired"))
+    trainer.fit(AlignmentTask(ModalityEncoder(tiny_encoder(), branch=LoRA(rank=2))), emoji_data(mode="paired"))
     assert seen == [2]
     state = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert (state["global_step"], state["callbacks"]["validated"]) == (2, {"validations": 1})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gmail_lightning.models import ImageEncoder, LoRA, ModalityEncoder
+
 MERGES = 64
 VOCABULARY = 512 + MERGES + 2
 TEXT = {"context_length": 16, "vocab_size": VOCABULARY, "width": 64, "heads": 4, "layers": 2}
@@ -26,3 +28,10 @@ def hf_config(family: str) -> dict[str, Any]:
     vision = {**width, "image_size": 32, "patch_size": 8}
     extra = {"projection_dim": 32} if family == "clip" else {}
     return {"model_type": family, "text_config": text, "vision_config": vision, **extra}
+
+
+def routed(
+    encoder: ImageEncoder, rank: int = 4, alpha: float = 8.0, targets: Any = ("q", "v"), **settings: Any
+) -> ModalityEncoder:
+    """A router with LoRA, of rank 0 without."""
+    return ModalityEncoder(encoder, branch=LoRA(rank, alpha, targets) if rank else None, **settings)

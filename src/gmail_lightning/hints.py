@@ -22,12 +22,35 @@ exit status: 0 done, 2 bad configuration, 3 a problem of the data,
 """
 
 
+_ROUTER = "--model.encoder ModalityEncoder around the plain one, --model.encoder."
+_BRANCH = f"{_ROUTER}branch LoRA, --model.encoder.branch."
+#: Arguments that tasks took in the first edition, and where they are now.
+MOVED = {
+    **{name: f"{_BRANCH}{name}" for name in ("rank", "alpha", "targets")},
+    **{
+        name: f"{_ROUTER}{name}"
+        for name in (
+            "real_path",
+            "projection",
+            "aligned",
+            "text_side",
+            "text_rank",
+            "text_targets",
+            "train_adapters",
+        )
+    },
+    "layer": "--model.reader PatchTokens, --model.reader.layer",
+}
+
+
 def hint(message: str) -> str:
     """Advice for an error message of jsonargparse, or an empty string."""
     if names := re.findall(r"Expected a dot import path string: (\S+)", message):
         return _unknown_class(names[-1], message)
     if options := re.findall(r"Option '([^']+)' is not accepted", message):
         owner = re.findall(r"class_path '([^']+)'", message[: message.rindex("Option '")])
+        if options[-1] in MOVED and owner and owner[-1].startswith("gmail_lightning.tasks."):
+            return f"\n{options[-1]!r} is of the encoder now: {MOVED[options[-1]]}."
         if owner:
             cls = import_class(owner[-1])
             return _advice(options[-1], f"{cls.__name__} accepts", _parameters(cls)) if cls else ""

@@ -17,7 +17,7 @@ from PIL import Image
 from gmail_lightning.callbacks import FeatureWriter
 from gmail_lightning.datamodules import MixedModalityDataModule
 from gmail_lightning.datasets import CocoCaptions, DataError, EmojiDataset, FeatureStore
-from gmail_lightning.models import OpenCLIPEncoder
+from gmail_lightning.models import OpenCLIPEncoder, PatchTokens
 from gmail_lightning.tasks import AlignmentTask, EmbeddingTask
 
 TINY = {
@@ -43,7 +43,7 @@ def embed(
         default_root_dir=out.parent,
     )  # fmt: skip
     data = MixedModalityDataModule(predict=datasets, batch_size=batch_size)
-    trainer.predict(EmbeddingTask(encoder(seed), layer=layer), data)
+    trainer.predict(EmbeddingTask(encoder(seed), None if layer is None else PatchTokens(layer)), data)
     assert data.only_predict is None
 
 

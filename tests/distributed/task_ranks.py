@@ -29,7 +29,7 @@ from gmail_lightning.metrics import (
     ZeroShotAccuracy,
     meteor,
 )
-from gmail_lightning.models import ClipCap, OpenCLIPEncoder
+from gmail_lightning.models import ClipCap, LoRA, ModalityEncoder, OpenCLIPEncoder
 from gmail_lightning.tasks import AlignmentTask, CaptioningTask, EmbeddingTask
 
 TINY = {
@@ -268,7 +268,10 @@ def shared_faults(trainer: pl.Trainer, folder: Path) -> dict[str, str]:
 
 def main(devices: int, folder: Path) -> None:
     pl.seed_everything(0)
-    task = Counting(OpenCLIPEncoder(config=TINY, merges="emoji"), targets=("q", "v", "fc1"), generated_text_weight=0.5)
+    task = Counting(
+        ModalityEncoder(OpenCLIPEncoder(config=TINY, merges="emoji"), branch=LoRA(targets=("q", "v", "fc1"))),
+        generated_text_weight=0.5,
+    )
     sets = {name: [EmojiDataset(hand, name) for hand in ("noto", "fluent_flat")] for name in ("paired", "novel")}
     alike = {"novel": AllowedOverlap(["caption", "pixels"], "families share words, and some drawings are alike")}
     data = MixedModalityDataModule(

@@ -8,8 +8,9 @@ import timm
 import torch
 from tiny_encoders import TEXT
 
-from gmail_lightning.models import ModalityEncoder, OpenCLIPEncoder, add_lora
+from gmail_lightning.models import LoRA, ModalityEncoder, OpenCLIPEncoder, add_lora
 from gmail_lightning.models.base import ROLES, ImageEncoder
+from gmail_lightning.models.branches.adapters import adapter_keys
 from gmail_lightning.models.branches.fingerprint import (
     fingerprint,
     fingerprint_difference,
@@ -17,9 +18,8 @@ from gmail_lightning.models.branches.fingerprint import (
     tensor_statistics,
     weights_difference,
 )
-from gmail_lightning.models.encoders.long_text import stretch_context
-from gmail_lightning.models.branches.modality import is_adapter_key
 from gmail_lightning.models.branches.tensor_names import stored_tensors
+from gmail_lightning.models.encoders.long_text import stretch_context
 from gmail_lightning.types import ImageSpec
 
 
@@ -92,11 +92,11 @@ def test_both_forms_of_one_tower_share_fingerprint_and_adapters(tiny, pixels) ->
     assert fingerprint_difference(first, second) is None
     assert first["weights"].keys() == second["weights"].keys() == names()
 
-    models = [ModalityEncoder(encoder, targets=ROLES) for encoder in (ours, theirs)]
+    models = [ModalityEncoder(encoder, branch=LoRA(targets=ROLES)) for encoder in (ours, theirs)]
     for parameter in models[0].parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    adapters = {key: value for key, value in models[0].state_dict().items() if is_adapter_key(key)}
+    adapters = {key: models[0].state_dict()[key] for key in adapter_keys(models[0])}
     _, unexpected = models[1].load_state_dict(adapters, strict=False)
     assert not unexpected
     modality = torch.tensor([0, 1, 0, 1])

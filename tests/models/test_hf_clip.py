@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_encoders import VOCABULARY, hf_config
 
-from gmail_lightning.models import HFCLIPEncoder, HFImageEncoder, ModalityEncoder
+from gmail_lightning.models import HFCLIPEncoder, HFImageEncoder, LoRA, ModalityEncoder
 from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference
 from gmail_lightning.types import ImageSpec
 
@@ -124,7 +124,7 @@ def test_the_tower_alone_is_that_of_the_dual_encoder(saved, pixels) -> None:
     assert pooled.shape == (2, alone.embed_dim)
     assert alone.lora_targets(("q",), "text") == []
 
-    branches = ModalityEncoder(both, rank=2), ModalityEncoder(alone, rank=2)
+    branches = ModalityEncoder(both, branch=LoRA(rank=2)), ModalityEncoder(alone, branch=LoRA(rank=2))
     assert not branches[1].has_text
     for branch in branches:  # adapters have the same names in both
         torch.manual_seed(5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmail_lightning.models import HFCLIPEncoder, HFImageEncoder, Llava
+from gmail_lightning.models import HFCLIPEncoder, HFImageEncoder, Llava, PatchTokens
 from gmail_lightning.models.captioners.chat import chat_format
 from gmail_lightning.models.captioners.language_model import load_tokenizer
 
@@ -87,7 +87,7 @@ def image_tokens(rows: int = 3) -> Tensor:
 def test_loss_and_captions_are_those_of_transformers_own_llava(folder: Path) -> None:
     theirs, processor = reference(folder)
     encoder, ours = HFImageEncoder(str(folder)).eval(), Llava(str(folder), tune="full").eval()
-    assert (ours.pretrained, ours.feature_layer, ours.image_dim) == (True, -2, 64)
+    assert (ours.pretrained, ours.reader, ours.image_dim) == (True, PatchTokens(-2), 64)
     image = (torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(4)) * 255).round()  # no resizing
     asked = [question or "Provide a one-sentence caption for the provided image." for question in QUESTIONS]
     prompts = [processor.apply_chat_template(conversation(q), add_generation_prompt=True) for q in asked]
@@ -97,7 +97,7 @@ def test_loss_and_captions_are_those_of_transformers_own_llava(folder: Path) -> 
     for row, prompt in enumerate(prompts):
         labels[row, : len(processor(images=image[0].byte(), text=prompt).input_ids[0])] = -100
     expected = theirs(**inputs, labels=labels)
-    tokens = encoder.image_tokens(image / 255, layer=ours.feature_layer)
+    tokens = encoder.image_tokens(image / 255, layer=ours.reader.layer)
     loss = ours.loss(tokens, CAPTIONS, QUESTIONS)
     assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
 
@@ -325,9 +325,12 @@ def test_prompt_and_answer_stay_within_the_positions_of_the_language_model() -> 
 
 def test_what_a_checkpoint_replaces_and_what_no_tensor_shows(folder: Path) -> None:
     assert llava().initial_files == ("projector",)
-    assert llava(feature_layer=-1, lora_alpha=3.0).describe() == {"feature_layer": -1, "tune": "full"}
+    assert llava(reader=PatchTokens(-1), lora_alpha=3.0).describe() == {
+        "reader": "PatchTokens(layer=-1)",
+        "tune": "full",
+    }
     made = Llava(str(folder), tune="lora", lora_rank=2, lora_alpha=6.0)
-    assert made.describe() == {"feature_layer": -2, "tune": "lora", "lora_rank": 2, "lora_alpha": 6.0}
+    assert made.describe() == {"reader": "PatchTokens(layer=-2)", "tune": "lora", "lora_rank": 2, "lora_alpha": 6.0}
 
 
 def test_recomputed_activations_give_the_same_gradients() -> None:

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from gmail_lightning.models import ModalityEncoder, OpenCLIPEncoder, add_lora, merge_lora
+from gmail_lightning.models import LoRA, ModalityEncoder, OpenCLIPEncoder, add_lora, merge_lora
 from gmail_lightning.models.encoders.long_text import (
     is_cut,
     is_long_clip,
@@ -139,7 +139,7 @@ def test_it_goes_with_lora_and_its_merge(first: str, tiny) -> None:
 def test_a_modality_encoder_trains_the_rest_of_the_table(tiny) -> None:
     plain = tiny()
     stretch_context(plain, 32, keep=8)
-    encoder = ModalityEncoder(plain, rank=0, text_side="full")
+    encoder = ModalityEncoder(plain, text_side="full")
     assert table(plain).requires_grad
     copied = copy.deepcopy(encoder)
     assert torch.equal(table(copied.encoder), table(plain))
@@ -182,7 +182,7 @@ def test_cut_texts_are_told_from_those_that_fit_to_the_token(kind: str, tiny) ->
 
 def test_another_encoder_is_refused(tiny) -> None:
     with pytest.raises(TypeError, match="not ModalityEncoder"):
-        stretch_context(ModalityEncoder(tiny()), 32)
+        stretch_context(ModalityEncoder(tiny(), branch=LoRA()), 32)
     with pytest.raises(ValueError, match="must fit a whole number of times"):
         stretch_context(tiny(), 250, keep=8)
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_encoders import routed
 from torch import Tensor, nn
 
-from gmail_lightning.models import ImageEncoder, LoRATarget, ModalityEncoder, OpenCLIPEncoder
+from gmail_lightning.models import ImageEncoder, LoRA, LoRATarget, ModalityEncoder, OpenCLIPEncoder
+from gmail_lightning.models.branches.adapters import adapter_keys
 from gmail_lightning.models.branches.fingerprint import fingerprint
 from gmail_lightning.models.branches.lora import block_targets
-from gmail_lightning.models.branches.modality import is_adapter_key
 from gmail_lightning.types import ImageSpec
 
 KINDS = ("open_clip", "timm", "hf_clip", "hf_siglip")
@@ -35,7 +36,7 @@ def step(model: ModalityEncoder, image: Tensor, steps: int = 1, autocast: bool =
 @pytest.mark.parametrize("kind", KINDS)
 def test_frozen_path_is_the_plain_encoder_bit_for_bit(tiny, pixels, kind: str, autocast, checkpointing) -> None:
     plain = tiny(kind).requires_grad_(False)
-    model = ModalityEncoder(tiny(kind, grad_checkpointing=checkpointing), projection=True)
+    model = ModalityEncoder(tiny(kind, grad_checkpointing=checkpointing), branch=LoRA(), projection=True)
     image, real = pixels(plain, 5), MODALITY == 0
     step(model.train(), image, 50 if kind == "open_clip" else 3, autocast)
     context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
@@ -56,7 +57,7 @@ def test_checkpointing_recomputes_the_branch_that_ran(tiny, pixels, kind: str) -
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(3)
-        model = ModalityEncoder(tiny(kind, grad_checkpointing=checkpointing), targets=("q", "fc2"))
+        model = ModalityEncoder(tiny(kind, grad_checkpointing=checkpointing), branch=LoRA(targets=("q", "fc2")))
         torch.manual_seed(4)
         for name, parameter in model.named_parameters():
             if ".lora." in name:
@@ -79,7 +80,7 @@ def test_checkpointing_recomputes_the_branch_that_ran(tiny, pixels, kind: str) -
 
 
 def test_rows_keep_their_order_and_either_branch_may_be_empty(tiny, pixels) -> None:
-    model = ModalityEncoder(tiny())
+    model = ModalityEncoder(tiny(), branch=LoRA())
     image = pixels(model, 5)
     step(model, image, 3)
     with torch.no_grad():
@@ -100,7 +101,7 @@ def test_rows_keep_their_order_and_either_branch_may_be_empty(tiny, pixels) -> N
 
 @pytest.mark.parametrize("real_path", ["projected", "adapted"])
 def test_real_paths_that_train(tiny, pixels, real_path) -> None:
-    plain, model = tiny().requires_grad_(False), ModalityEncoder(tiny(), real_path=real_path)
+    plain, model = tiny().requires_grad_(False), ModalityEncoder(tiny(), branch=LoRA(), real_path=real_path)
     image, real = pixels(plain, 5), MODALITY == 0
     torch.testing.assert_close(model.encode_image(image), plain.encode_image(image), atol=1e-6, rtol=0)  # from identity
     model.encode_image(image[real]).square().sum().backward()
@@ -119,14 +120,14 @@ def test_real_paths_that_train(tiny, pixels, real_path) -> None:
 
 
 def test_identity_projection_changes_nothing_under_autocast(tiny, pixels) -> None:
-    model = ModalityEncoder(tiny(), projection=True)
+    model = ModalityEncoder(tiny(), branch=LoRA(), projection=True)
     with torch.autocast("cpu", torch.bfloat16):
         features = model.encode_image(image := pixels(model, 3), torch.ones(3))
         assert torch.equal(features, model.encoder.encode_image(image))
 
 
 def test_tower_stays_in_eval_and_text_is_frozen(tiny) -> None:
-    model = nn.Sequential(ModalityEncoder(tiny(), projection=True)).train()[0]
+    model = nn.Sequential(ModalityEncoder(tiny(), branch=LoRA(), projection=True)).train()[0]
     assert model.training
     assert model.generated_projection.training
     assert not any(module.training for module in model.encoder.modules())
@@ -136,17 +137,17 @@ def test_tower_stays_in_eval_and_text_is_frozen(tiny) -> None:
 
 
 def test_state_dict_has_plain_and_portable_keys(tiny, pixels) -> None:
-    plain, model = tiny(), ModalityEncoder(tiny(), real_path="adapted")
+    plain, model = tiny(), ModalityEncoder(tiny(), branch=LoRA(), real_path="adapted")
     lora = {f"lora.image.{b}.{role}.{factor}" for b in (0, 1) for role in "qv" for factor in "AB"}
     own = lora | {"generated_projection.weight", "real_projection.weight"}
     state = model.state_dict(keep_vars=True)
     assert state.keys() == plain.state_dict().keys() | own
-    assert {key for key in state if is_adapter_key(key)} == own
-    assert is_adapter_key("encoder.lora.text.11.fc1.B")
-    assert not is_adapter_key("encoder.model.visual.proj")
+    assert adapter_keys(model) == own
+    assert adapter_keys(nn.ModuleDict({"task": model})) == {f"task.{key}" for key in own}
+    assert adapter_keys(plain) == set()
     assert {id(state[key]) for key in own} == {id(p) for p in model.parameters() if p.requires_grad}
 
-    other = ModalityEncoder(tiny(seed=1), real_path="adapted")
+    other = ModalityEncoder(tiny(seed=1), branch=LoRA(), real_path="adapted")
     image = pixels(model, 5)
     step(model, image)
     nn.ModuleDict({"encoder": other}).load_state_dict(nn.ModuleDict({"encoder": model}).state_dict())
@@ -156,7 +157,7 @@ def test_state_dict_has_plain_and_portable_keys(tiny, pixels) -> None:
 def test_distributed_checkpoints_know_the_keys(tiny) -> None:
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-    tasks = [nn.ModuleDict({"encoder": ModalityEncoder(tiny(seed=s), projection=True)}) for s in (0, 1)]
+    tasks = [nn.ModuleDict({"encoder": ModalityEncoder(tiny(seed=s), branch=LoRA(), projection=True)}) for s in (0, 1)]
     state = get_model_state_dict(tasks[0])
     assert state.keys() == tasks[0].state_dict().keys()
     missing, unexpected = set_model_state_dict(tasks[1], state)
@@ -191,7 +192,7 @@ class Patches(ImageEncoder):
 def test_an_image_encoder_of_ones_own() -> None:
     torch.manual_seed(0)
     plain = Patches()
-    model = ModalityEncoder(copy.deepcopy(plain), targets=("fc1",))
+    model = ModalityEncoder(copy.deepcopy(plain), branch=LoRA(targets=("fc1",)))
     image = torch.rand(5, 3, 8, 8)
     step(model, image)
     features = model.encode_image(image, MODALITY)
@@ -201,8 +202,12 @@ def test_an_image_encoder_of_ones_own() -> None:
     expected = torch.where(MODALITY[:, None] == 1, generated, flat @ weight.weight.T + weight.bias)
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
     assert block_targets([nn.Identity()], ("q", "fc1")) == []
+    assert model.text_spec is None
+    for asked in (lambda: model.encode_text(torch.zeros(1, 4)), lambda: model.logit_scale):
+        with pytest.raises(TypeError, match="Patches has no text tower"):
+            asked()
     with pytest.raises(TypeError, match="Patches has no text tower"):
-        _ = model.text_spec
+        ModalityEncoder(Patches(), text_side="projection")
 
 
 def checkpoint(model: ModalityEncoder, path: Path, encoder: dict[str, Any] | None, **settings: Any) -> Path:
@@ -210,7 +215,7 @@ def checkpoint(model: ModalityEncoder, path: Path, encoder: dict[str, Any] | Non
     recorded = {"rank": 4, "alpha": 8.0, "targets": ["q", "v"], "real_path": "frozen", "projection": False, **settings}
     if encoder is not None:
         recorded["encoder"] = encoder
-    state = {f"encoder.{k}": v for k, v in model.state_dict().items() if is_adapter_key(k)}
+    state = {f"encoder.{k}": model.state_dict()[k] for k in adapter_keys(model)}
     content = {"state_dict": state, "hyper_parameters": recorded, "base_fingerprint": fingerprint(model)}
     torch.save(content, path)
     return path
@@ -238,7 +243,7 @@ def recorded(merges, tmp_path):
 def test_from_checkpoint_rebuilds_what_the_command_line_recorded(recorded, pixels, tmp_path, class_path) -> None:
     recorded["class_path"] = class_path
     settings = {"rank": 2, "alpha": 6.0, "targets": ["q", "out"], "real_path": "projected", "projection": True}
-    model = ModalityEncoder(OpenCLIPEncoder(**recorded["init_args"]), **settings)
+    model = routed(OpenCLIPEncoder(**recorded["init_args"]), **settings)
     image = pixels(model, 5)
     step(model, image, 2)
     loaded = ModalityEncoder.from_checkpoint(checkpoint(model, tmp_path / "a.ckpt", recorded, **settings))
@@ -248,7 +253,7 @@ def test_from_checkpoint_rebuilds_what_the_command_line_recorded(recorded, pixel
 
 
 def test_from_checkpoint_of_a_task_built_in_python(recorded, tiny, pixels, tmp_path) -> None:
-    model = ModalityEncoder(OpenCLIPEncoder(**recorded["init_args"]))
+    model = ModalityEncoder(OpenCLIPEncoder(**recorded["init_args"]), branch=LoRA())
     step(model, image := pixels(model, 5))
     path = checkpoint(model, tmp_path / "a.ckpt", None)
     with pytest.raises(ValueError, match=r"built in Python\). Pass encoder="):
@@ -262,7 +267,7 @@ def test_from_checkpoint_of_a_task_built_in_python(recorded, tiny, pixels, tmp_p
 
 
 def test_from_checkpoint_says_what_is_wrong(recorded, tmp_path) -> None:
-    model = ModalityEncoder(OpenCLIPEncoder(**recorded["init_args"]))
+    model = ModalityEncoder(OpenCLIPEncoder(**recorded["init_args"]), branch=LoRA())
     path = checkpoint(model, tmp_path / "a.ckpt", recorded, targets=["q", "k"])
     with pytest.raises(ValueError, match=r"lacks \['lora.image.0.k.A'.* unknown \['lora.image.0.v.A'"):
         ModalityEncoder.from_checkpoint(path)
@@ -273,4 +278,4 @@ def test_from_checkpoint_says_what_is_wrong(recorded, tmp_path) -> None:
     with pytest.raises(ValueError, match="no branches of an encoder in it"):
         ModalityEncoder.from_checkpoint(path)
     with pytest.raises(ValueError, match="give one of frozen, projected, adapted"):
-        ModalityEncoder(OpenCLIPEncoder(**recorded["init_args"]), real_path="shared")
+        ModalityEncoder(OpenCLIPEncoder(**recorded["init_args"]), branch=LoRA(), real_path="shared")

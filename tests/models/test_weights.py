@@ -14,9 +14,9 @@ from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 from transformers import AutoConfig, AutoModel, CLIPImageProcessor
 
 from gmail_lightning.export import export_checkpoint
-from gmail_lightning.models import ClipCap, HFCLIPEncoder, HFImageEncoder, ModalityEncoder, OpenCLIPEncoder
-from gmail_lightning.models.branches.record import build_encoder
+from gmail_lightning.models import ClipCap, HFCLIPEncoder, HFImageEncoder, LoRA, ModalityEncoder, OpenCLIPEncoder
 from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference
+from gmail_lightning.models.branches.record import build_encoder
 from gmail_lightning.models.captioners.language_model import build_language_model
 from gmail_lightning.models.encoders.open_clip_loading import SHIPPED
 from gmail_lightning.models.weights import plain_names
@@ -86,7 +86,7 @@ def alignment(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alignment")
     saves = ModelCheckpoint(folder, filename="a", every_n_train_steps=1)
     trainer = quiet_trainer(folder, max_steps=1, enable_checkpointing=True, callbacks=[saves], limit_val_batches=0)
-    trainer.fit(AlignmentTask(tiny_encoder(), rank=2), emoji_data(mode="paired"))
+    trainer.fit(AlignmentTask(ModalityEncoder(tiny_encoder(), branch=LoRA(rank=2))), emoji_data(mode="paired"))
     return folder / "a.ckpt"
 
 
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_a_compiled_encoder_loads(tmp_path: Path, alignment: Pat
     torch.save(content, tmp_path / "a.ckpt")
     task = AlignmentTask.load_from_checkpoint(tmp_path / "a.ckpt", encoder=tiny_encoder())
     branches = ModalityEncoder.from_checkpoint(tmp_path / "a.ckpt", tiny_encoder())
-    second = RetrievalTask(tiny_encoder(), aligned=str(tmp_path / "a.ckpt"), text_side="lora")
+    second = RetrievalTask(ModalityEncoder(tiny_encoder(), aligned=str(tmp_path / "a.ckpt"), text_side="lora"))
     for state in (task.state_dict(), second.state_dict()):
         assert all(torch.equal(state[key], value) for key, value in plain.items())
     assert all(torch.equal(branches.state_dict()[key.removeprefix("encoder.")], v) for key, v in plain.items())

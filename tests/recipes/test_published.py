@@ -68,7 +68,7 @@ def generate(out: str, *more: str, **given: Any) -> None:
 @pytest.fixture(scope="module")
 def b32(here: Path) -> dict[str, Any]:
     random_weights.open_clip_file(Path("weights/ViT-B-32.pt"), "ViT-B-32-quickgelu")
-    return {"model.init_args.encoder.init_args.pretrained": "weights/ViT-B-32.pt", **FEW}
+    return {"model.init_args.encoder.init_args.encoder.init_args.pretrained": "weights/ViT-B-32.pt", **FEW}
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_text_to_image_sd15_coco(here: Path) -> None:
 @pytest.fixture(scope="module")
 def b16(here: Path) -> dict[str, Any]:
     random_weights.open_clip_file(Path("weights/ViT-B-16.pt"), "ViT-B-16-quickgelu")
-    return {"model.init_args.encoder.init_args.pretrained": "weights/ViT-B-16.pt", **FEW}
+    return {"model.init_args.encoder.init_args.encoder.init_args.pretrained": "weights/ViT-B-16.pt", **FEW}
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def shallow_l14(size: int) -> dict[str, Any]:
     path = Path(f"weights/ViT-L-14-{size}-shallow.pt")
     if not path.exists():
         random_weights.open_clip_file(path, random_weights.SHALLOW_L14[size])
-    encoder = "model.init_args.encoder.init_args"
+    encoder = "model.init_args.encoder.init_args.encoder.init_args"
     described = {"model_name": None, "config": random_weights.SHALLOW_L14[size], "pretrained": str(path)}
     return {**{f"{encoder}.{key}": value for key, value in described.items()}, "data.init_args.batch_size": 4}
 
@@ -327,7 +327,7 @@ def test_caption_llava_scienceqa(aligned_for_llava: Path) -> None:
     random_weights.llava(Path("weights/llava"), Path("weights/ViT-L-14-336-shallow.pt"))
     few = {
         "data.init_args.batch_size": 4,
-        "model.init_args.encoder.init_args.model": "weights/llava",
+        "model.init_args.encoder.init_args.encoder.init_args.model": "weights/llava",
         "model.init_args.captioner.init_args.pretrained": "weights/llava",
         "model.init_args.max_new_tokens": 4,
     }
@@ -338,7 +338,9 @@ def test_caption_llava_scienceqa(aligned_for_llava: Path) -> None:
 
 @pytest.mark.xdist_group("published-b32")
 def test_siglip_coco(generated: None, gpt2: dict[str, Any]) -> None:
-    encoder = {"model.init_args.encoder.init_args.model": str(random_weights.siglip(Path("weights/siglip")))}
+    encoder = {
+        "model.init_args.encoder.init_args.encoder.init_args.model": str(random_weights.siglip(Path("weights/siglip")))
+    }
     aligned = follow("align_siglip_coco", {**encoder, **FEW})
     name = "caption_siglip_coco"
     assert "recipes/gmail/align_siglip_coco.yaml" in header(name)["Before"]

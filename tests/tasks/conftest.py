@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import pytest
 import torch
+from tiny_encoders import routed
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
 from gmail_lightning.datamodules import MixedModalityDataModule
@@ -24,7 +25,7 @@ class Aligned(NamedTuple):
 def aligned(tmp_path_factory: pytest.TempPathFactory) -> Aligned:
     """The checkpoint of an aligner after one step, all its adapters away from the start."""
     folder = tmp_path_factory.mktemp("alignment")
-    task = AlignmentTask(tiny_encoder(), rank=3, alpha=5.0, targets=("q", "fc1"), projection=True)
+    task = AlignmentTask(routed(tiny_encoder(), 3, 5.0, ("q", "fc1"), projection=True))
     torch.manual_seed(1)
     for name, p in task.named_parameters():
         if p.requires_grad and name.endswith((".B", "projection.weight")):

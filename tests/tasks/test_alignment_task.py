@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from tiny_encoders import routed
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -17,9 +18,13 @@ TINY = {
 }
 
 
+ROUTING = ("rank", "alpha", "targets", "real_path")
+
+
 def task(**kwargs) -> AlignmentTask:
     torch.manual_seed(0)
-    made = AlignmentTask(OpenCLIPEncoder(config=TINY, merges="emoji"), **kwargs)
+    routing = {name: kwargs.pop(name) for name in (*ROUTING, "projection") if name in kwargs}
+    made = AlignmentTask(routed(OpenCLIPEncoder(config=TINY, merges="emoji"), **routing), **kwargs)
     for name, p in made.named_parameters():
         if name.endswith(".B"):
             torch.nn.init.normal_(p, std=0.1)  # away from the start, where both branches agree

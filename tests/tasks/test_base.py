@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset
-from gmail_lightning.models import OpenCLIPEncoder
+from gmail_lightning.models import LoRA, ModalityEncoder, OpenCLIPEncoder
 from gmail_lightning.tasks import AlignmentTask, RetrievalTask
 from gmail_lightning.tasks.base import in_chunks
 
@@ -73,7 +73,9 @@ def test_contrastive_chunks_of_a_task_equal_the_whole_batch() -> None:
     batch = next(iter(data.train_dataloader()))
     gradients = []
     for chunk_size in (None, 5):
-        task = AlignmentTask(tiny(), contrastive_chunk_size=chunk_size, targets=("q", "v", "fc1"))
+        task = AlignmentTask(
+            ModalityEncoder(tiny(), branch=LoRA(targets=("q", "v", "fc1"))), contrastive_chunk_size=chunk_size
+        )
         torch.manual_seed(1)
         for p in task.parameters():
             if p.requires_grad:
@@ -86,7 +88,7 @@ def test_contrastive_chunks_of_a_task_equal_the_whole_batch() -> None:
 
 
 def test_a_checkpoint_holds_trainables_and_the_base_only(tmp_path: Path) -> None:
-    task = AlignmentTask(tiny(), rank=2)
+    task = AlignmentTask(ModalityEncoder(tiny(), branch=LoRA(rank=2)))
     run = trainer(tmp_path)
     run.fit(task, pairs())
     run.save_checkpoint(tmp_path / "a.ckpt")

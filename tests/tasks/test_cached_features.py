@@ -11,8 +11,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from gmail_lightning.callbacks import FeatureWriter
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset, FeatureStore
-from gmail_lightning.models import ModalityEncoder, OpenCLIPEncoder
+from gmail_lightning.models import LoRA, ModalityEncoder, OpenCLIPEncoder, PatchTokens, PooledFeatures
 from gmail_lightning.tasks import AlignmentTask, EmbeddingTask, RetrievalTask
+from gmail_lightning.tasks.encoder_task import EncoderTask
 from gmail_lightning.tasks.feature_record import feature_record, refuse_other_features
 from gmail_lightning.types import Modality
 
@@ -39,6 +40,13 @@ def tiny(seed: int = 0, **vision) -> Counting:
     return Counting(config={**TINY, "vision_cfg": {**TINY["vision_cfg"], **vision}}, merges="emoji")
 
 
+READERS = {None: PooledFeatures(), -2: PatchTokens(-2)}
+
+
+def wrapped(encoder) -> ModalityEncoder:
+    return ModalityEncoder.around(encoder, EncoderTask.route_plain)
+
+
 def trainer(folder: Path, **kwargs) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu", default_root_dir=folder, logger=False, enable_progress_bar=False, num_sanity_val_steps=0,
@@ -61,7 +69,7 @@ def stored(tmp_path_factory) -> Path:
 
 def aligned(folder: Path) -> Path:
     """The checkpoint of an aligner whose branches differ."""
-    task = AlignmentTask(tiny(), rank=2)
+    task = AlignmentTask(ModalityEncoder(tiny(), branch=LoRA(rank=2)))
     for name, parameter in task.named_parameters():
         if name.endswith(".B"):
             torch.nn.init.normal_(parameter, std=0.1)
@@ -120,7 +128,7 @@ def test_alignment_on_cached_features_runs_no_teacher(stored: Path) -> None:
     results = []
     for real in (lambda dataset: dataset, lambda dataset: FeatureStore(stored, dataset)):
         encoder = tiny()
-        task = AlignmentTask(encoder, targets=("q", "v", "fc1"))
+        task = AlignmentTask(ModalityEncoder(encoder, branch=LoRA(targets=("q", "v", "fc1"))))
         torch.manual_seed(1)
         for parameter in task.parameters():
             if parameter.requires_grad:
@@ -181,7 +189,7 @@ def test_features_of_another_encoder_are_refused(tmp_path: Path, stored: Path) -
     larger.load_state_dict(same, strict=False)
     with pytest.raises(MisconfigurationException, match=r"image_spec .*\[32, 32\].* and .*\[48, 48\].* is needed"):
         trainer(tmp_path).fit(AlignmentTask(larger), data)
-    tokens = embed(tmp_path / "tokens", EmojiDataset("noto"), layer=-2)
+    tokens = embed(tmp_path / "tokens", EmojiDataset("noto"), reader=PatchTokens(-2))
     with pytest.raises(MisconfigurationException, match="written with layer -2, and None is needed"):
         trainer(tmp_path).fit(AlignmentTask(tiny()), pairs(lambda dataset: FeatureStore(tokens, dataset)))
 
@@ -216,7 +224,7 @@ REPLACED = {
 @pytest.mark.parametrize("change", [*REPLACED])
 def test_another_encoder_with_equal_blocks_is_refused(change, layer: int | None) -> None:
     encoder = tiny()
-    record = json.loads(json.dumps(EmbeddingTask(encoder, layer=layer).record([Modality.REAL])))
+    record = json.loads(json.dumps(EmbeddingTask(encoder, READERS[layer]).record([Modality.REAL])))
     stores = [{**record, "path": "/stores/a"}]
     changed = tiny()
     with torch.no_grad():
@@ -224,24 +232,24 @@ def test_another_encoder_with_equal_blocks_is_refused(change, layer: int | None)
     with pytest.raises(
         MisconfigurationException, match=rf"^/stores/a cannot .* 1 of 40 tensors, most in image\.{REPLACED[change]}: "
     ):
-        refuse_other_features(changed, stores, layer, trains=False)
+        refuse_other_features(wrapped(changed), stores, READERS[layer], trains=False)
     probe = [value + 0.1 * i for i, value in enumerate(record["probe"]["real"])]
     with pytest.raises(MisconfigurationException, match=r"The real features of a fixed image have cosine 0\.\d{4} "):
-        refuse_other_features(tiny(), [{**stores[0], "probe": {"real": probe}}], layer, trains=False)
+        refuse_other_features(wrapped(tiny()), [{**stores[0], "probe": {"real": probe}}], READERS[layer], trains=False)
 
 
 @pytest.mark.parametrize("layer", [None, -2])
 def test_the_same_encoder_is_accepted_however_it_rounds(tmp_path: Path, layer: int | None) -> None:
     encoder = tiny()
     torch.save(encoder.state_dict(), tmp_path / "weights.pt")
-    record = EmbeddingTask(encoder, layer=layer).record([Modality.REAL])
+    record = EmbeddingTask(encoder, READERS[layer]).record([Modality.REAL])
     stores = [{**json.loads(json.dumps(record)), "path": "a"}]
     anew = tiny(seed=1)
     anew.load_state_dict(torch.load(tmp_path / "weights.pt"))
-    found = feature_record(anew, [Modality.REAL], layer)["probe"]["real"]
+    found = feature_record(wrapped(anew), [Modality.REAL], READERS[layer])["probe"]["real"]
     assert found == pytest.approx(record["probe"]["real"], rel=1e-4, abs=1e-5)
     for same in (anew, AlignmentTask(tiny()).encoder, tiny().bfloat16()):
-        refuse_other_features(same, stores, layer, trains=False)
+        refuse_other_features(wrapped(same), stores, READERS[layer], trains=False)
 
 
 def test_the_fixed_image_is_encoded_in_eval_mode_and_without_autocast() -> None:
@@ -249,15 +257,15 @@ def test_the_fixed_image_is_encoded_in_eval_mode_and_without_autocast() -> None:
     dropping.model.visual.ln_post.eval()  # frozen by hand
     modes = [module.training for module in dropping.modules()]
     with torch.autocast("cpu", torch.bfloat16):
-        features = feature_record(dropping, [Modality.REAL], None)["probe"]["real"]
+        features = feature_record(wrapped(dropping), [Modality.REAL], READERS[None])["probe"]["real"]
     assert [module.training for module in dropping.modules()] == modes
     image = (torch.arange(3 * 32 * 32, dtype=torch.float64).cos() / 10 + 0.5).float().view(1, 3, 32, 32)
     expected = dropping.eval().encode_image(image)[0]
     torch.testing.assert_close(torch.tensor(features), expected, rtol=1e-5, atol=1e-6)
 
-    two_branches = ModalityEncoder(tiny(), projection=True)
+    two_branches = ModalityEncoder(tiny(), branch=LoRA(), projection=True)
     torch.nn.init.normal_(two_branches.generated_projection.weight)
-    features = feature_record(two_branches, list(Modality), None)["probe"]
+    features = feature_record(wrapped(two_branches), list(Modality), READERS[None])["probe"]
     for which in Modality:
         expected = two_branches.encode_image(image, torch.tensor([which]))[0].detach()
         torch.testing.assert_close(torch.tensor(features[which.name.lower()]), expected, rtol=1e-4, atol=1e-5)
@@ -267,27 +275,27 @@ def test_the_fixed_image_is_encoded_in_eval_mode_and_without_autocast() -> None:
 def test_features_of_a_tower_of_which_any_tensor_is_trained_are_refused(name: str) -> None:
     for encoder in (tiny(), AlignmentTask(tiny()).encoder):
         plain = encoder.encoder if isinstance(encoder, ModalityEncoder) else encoder.requires_grad_(False)
-        stores = [{**feature_record(encoder, [Modality.REAL], None), "path": "a"}]
+        stores = [{**feature_record(wrapped(encoder), [Modality.REAL], READERS[None]), "path": "a"}]
         for parameter in plain.text_parameters():
             parameter.requires_grad_(True)
-        refuse_other_features(encoder, stores, None, trains=True)
+        refuse_other_features(wrapped(encoder), stores, READERS[None], trains=True)
         plain.model.visual.get_parameter(name).requires_grad_(True)
-        refuse_other_features(encoder, stores, None, trains=False)
+        refuse_other_features(wrapped(encoder), stores, READERS[None], trains=False)
         with pytest.raises(MisconfigurationException, match="real images, and this run trains the branch"):
-            refuse_other_features(encoder, stores, None, trains=True)
+            refuse_other_features(wrapped(encoder), stores, READERS[None], trains=True)
 
 
 @pytest.mark.parametrize("text_side", ["frozen", "lora", "projection", "full"])
 def test_a_text_side_may_be_trained_on_cached_features(text_side: str) -> None:
-    encoder = ModalityEncoder(tiny(), text_side=text_side, rank=0)
-    stores = [{**feature_record(encoder, list(Modality), None), "path": "a"}]
-    refuse_other_features(encoder, stores, None, trains=True)
+    encoder = ModalityEncoder(tiny(), text_side=text_side)
+    stores = [{**feature_record(wrapped(encoder), list(Modality), READERS[None]), "path": "a"}]
+    refuse_other_features(wrapped(encoder), stores, READERS[None], trains=True)
 
 
 def test_features_that_the_run_would_change_are_refused(tmp_path: Path, stored: Path) -> None:
     data = pairs(lambda dataset: FeatureStore(stored, dataset))
     with pytest.raises(MisconfigurationException, match="real images, and this run trains the branch"):
-        trainer(tmp_path).fit(AlignmentTask(tiny(), real_path="projected"), data)
+        trainer(tmp_path).fit(AlignmentTask(ModalityEncoder(tiny(), branch=LoRA(), real_path="projected")), data)
     with pytest.raises(MisconfigurationException, match="real images, and this run trains the branch"):
         trainer(tmp_path).fit(RetrievalTask(tiny()), data)  # trains the whole encoder
     generated = embed(tmp_path / "generated", EmojiDataset("fluent_flat"))
@@ -310,7 +318,7 @@ def test_augmentation_that_cached_rows_cannot_follow_is_refused(stored: Path) ->
 def test_generated_features_are_those_of_the_aligned_branch(tmp_path: Path) -> None:
     checkpoint = aligned(tmp_path)
     hands = [EmojiDataset("noto", "novel"), EmojiDataset("fluent_flat", "novel")]
-    both = embed(tmp_path / "both", *hands, aligned=str(checkpoint))
+    both = embed(tmp_path / "both", *hands, encoder=ModalityEncoder(tiny(), aligned=str(checkpoint)))
     plain = embed(tmp_path / "plain", *hands)
 
     def data(store: Path | None) -> MixedModalityDataModule:
@@ -319,7 +327,7 @@ def test_generated_features_are_those_of_the_aligned_branch(tmp_path: Path) -> N
         )
 
     def scores(encoder: Counting, store: Path | None) -> tuple[dict[str, float], int]:
-        task = AlignmentTask(encoder, rank=2)
+        task = AlignmentTask(ModalityEncoder(encoder, branch=LoRA(rank=2)))
         before = encoder.images
         trainer(tmp_path).validate(task, data(store), ckpt_path=checkpoint)  # the adapters come after setup
         return task.results["novel"], encoder.images - before
@@ -331,4 +339,4 @@ def test_generated_features_are_those_of_the_aligned_branch(tmp_path: Path) -> N
     with pytest.raises(MisconfigurationException, match=r"generated images are of the branch plain tower, and this"):
         scores(tiny(), plain)
     with pytest.raises(MisconfigurationException, match=r"generated images are of the branch [0-9a-f]{12}, and this"):
-        trainer(tmp_path).validate(AlignmentTask(tiny(), rank=2), data(both))
+        trainer(tmp_path).validate(AlignmentTask(ModalityEncoder(tiny(), branch=LoRA(rank=2))), data(both))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_encoders import routed
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 from torch.nn import functional as F
 
@@ -15,7 +16,7 @@ from gmail_lightning.callbacks import FeatureWriter
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset, FeatureStore
 from gmail_lightning.metrics.java_tools import JavaError
-from gmail_lightning.models import ClipCap, Llava
+from gmail_lightning.models import ClipCap, ImageEncoder, Llava, ModalityEncoder, PatchTokens
 from gmail_lightning.models.branches.fingerprint import frozen_weights, weights_difference
 from gmail_lightning.tasks import CaptioningTask, EmbeddingTask, captioning
 from gmail_lightning.tasks.encoder_task import reaching
@@ -29,9 +30,13 @@ def captioner(seed: int = 0, **settings: Any) -> ClipCap:
     return ClipCap(**{"image_dim": 16, "language_model": GPT2, "tokenizer": "emoji", "prefix_length": 2, **settings})
 
 
-def task(**settings: Any) -> CaptioningTask:
+def task(encoder: ImageEncoder | None = None, **settings: Any) -> CaptioningTask:
     usual = {"captioner": captioner(), "num_beams": 1, "max_new_tokens": 4, "min_unique_captions": 0.0}
-    return CaptioningTask(tiny_encoder(), **{**usual, **settings})
+    return CaptioningTask(encoder or tiny_encoder(), **{**usual, **settings})
+
+
+def as_aligned(aligned: Any, **settings: Any) -> ModalityEncoder:
+    return ModalityEncoder(tiny_encoder(), aligned=str(aligned.path), **settings)
 
 
 def evaluation_batch(data: MixedModalityDataModule, made: CaptioningTask, folder: Path) -> dict[str, Any]:
@@ -45,7 +50,7 @@ def evaluation_batch(data: MixedModalityDataModule, made: CaptioningTask, folder
 
 
 def test_loss_is_the_captioners_on_each_branch(aligned: Any, tmp_path: Path) -> None:
-    made = task(aligned=str(aligned.path)).eval()
+    made = task(as_aligned(aligned)).eval()
     batch = evaluation_batch(emoji_data(), made, tmp_path)
     generated = batch["modality"] == Modality.GENERATED
     assert 0 < generated.sum() < len(generated)
@@ -124,14 +129,14 @@ def test_fit_on_cached_features_equals_fit_on_pixels(aligned: Any, tmp_path: Pat
     """Features of the aligned branch, written once, in place of the pixels of every step: the same weights."""
     hands = [EmojiDataset(hand, "novel") for hand in ("fluent_flat", "noto")]
     writer = FeatureWriter(str(tmp_path / "store"), "float32")
-    embedding = EmbeddingTask(tiny_encoder(), aligned=str(aligned.path))
+    embedding = EmbeddingTask(ModalityEncoder(tiny_encoder(), aligned=str(aligned.path)))
     quiet_trainer(tmp_path, callbacks=[writer]).predict(
         embedding, MixedModalityDataModule(predict=hands, batch_size=64)
     )
     alike = AllowedOverlap(["caption", "image_id", "pixels"], "the same drawings")
     weights = []
     for sets in (hands, [FeatureStore(str(tmp_path / "store"), dataset) for dataset in hands]):
-        made = task(aligned=str(aligned.path))
+        made = task(as_aligned(aligned))
         data = MixedModalityDataModule(
             sets, {"novel": sets}, mode="mixture", generated_fraction=0.5, batch_size=16, allow_overlap={"novel": alike}
         )
@@ -144,7 +149,7 @@ def test_fit_on_cached_features_equals_fit_on_pixels(aligned: Any, tmp_path: Pat
 
 
 def test_a_checkpoint_keeps_captioner_and_adapters_and_writes_the_same(aligned: Any, tmp_path: Path) -> None:
-    made, data = task(aligned=str(aligned.path)), emoji_data()
+    made, data = task(as_aligned(aligned)), emoji_data()
     trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0)
     trainer.fit(made, data)
     trainer.save_checkpoint(tmp_path / "c.ckpt")
@@ -152,9 +157,8 @@ def test_a_checkpoint_keeps_captioner_and_adapters_and_writes_the_same(aligned: 
     assert any(".lora." in key for key in keys)
     assert all(key.startswith("captioner.") or "lora" in key or "projection" in key for key in keys)
     loaded = CaptioningTask.load_from_checkpoint(
-        tmp_path / "c.ckpt", encoder=tiny_encoder(), captioner=captioner(seed=1),
-        aligned={"rank": 3, "alpha": 5.0, "targets": ["q", "fc1"], "projection": True}, num_beams=1, max_new_tokens=4,
-    )  # fmt: skip
+        tmp_path / "c.ckpt", encoder=tiny_encoder(), captioner=captioner(seed=1), num_beams=1, max_new_tokens=4
+    )
     batch = evaluation_batch(data, loaded, tmp_path)
     written = loaded.eval().write(batch)
     assert written == made.eval().write(batch)
@@ -226,7 +230,7 @@ def test_adapters_that_the_captioner_does_not_read_stay_as_they_are(aligned: Any
     """Of two blocks, tokens of the first: the adapters of the second, and the projection, are frozen."""
     llama = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     reader = Llava(language_model={**llama, "num_attention_heads": 2}, tokenizer="emoji", image_dim=32, tune="full")
-    made = task(captioner=reader, aligned=str(aligned.path), train_adapters=True)
+    made = task(as_aligned(aligned, train_adapters=True), captioner=reader)
     trained = {name for name, p in made.encoder.image_adapters() if p.requires_grad}
     assert trained
     assert all(name.startswith("encoder.lora.image.0.") for name in trained)
@@ -238,7 +242,7 @@ def test_adapters_that_the_captioner_does_not_read_stay_as_they_are(aligned: Any
 
 def test_real_and_generated_batches_train_the_adapters_alike(aligned: Any, tmp_path: Path) -> None:
     """A batch without generated rows gives the adapters no gradient, and is no error."""
-    made = task(aligned=str(aligned.path), train_adapters=True)
+    made = task(as_aligned(aligned, train_adapters=True))
     quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(made, emoji_data(generated_fraction=0.0))
     assert all(p.grad is not None for p in made.encoder.parameters() if p.requires_grad)
 
@@ -312,17 +316,17 @@ def test_settings_that_cannot_work_are_refused() -> None:
         with pytest.raises(ValueError, match=f"{next(iter(settings))}=.* is out of range"):
             task(**settings)
     with pytest.raises(ValueError, match="which reach no adapter"):
-        task(text_noise=0.1, train_adapters=True, aligned={"rank": 2})
+        task(routed(tiny_encoder()), text_noise=0.1)
     with pytest.raises(ValueError, match="timeout"):
         task(java_timeout=0.0)
     with pytest.raises(ValueError, match="blue"):
         task(metrics=("blue",))
     tokens = captioner()
-    tokens.feature_layer = -2
+    tokens.reader = PatchTokens(-2)
     with pytest.raises(ValueError, match="captioner of pooled features"):
         task(captioner=tokens, text_noise=0.016)
-    tokens.feature_layer = 5
-    with pytest.raises(ValueError, match="feature_layer=5: this tower has 2 blocks"):
+    tokens.reader = PatchTokens(5)
+    with pytest.raises(ValueError, match="layer=5: this tower has 2 blocks"):
         task(captioner=tokens)
 
 

@@ -35,12 +35,12 @@ def embeddings(encoder, classes: Classes) -> torch.Tensor:
 
 @torch.no_grad()
 def test_class_embeddings_are_the_mean_of_normalised_prompts() -> None:
-    task = ZeroShotClassificationTask(tiny_encoder(), text_side="frozen")
+    task = ZeroShotClassificationTask(ModalityEncoder(tiny_encoder(), text_side="frozen"))
     torch.testing.assert_close(task.class_embeddings(PETS).double(), embeddings(task.encoder, PETS), atol=1e-6, rtol=0)
 
 
 def test_the_loss_is_cross_entropy_over_all_classes_by_one_template(fitted) -> None:
-    task = ZeroShotClassificationTask(tiny_encoder(), text_side="lora", max_logit_scale=7.0)
+    task = ZeroShotClassificationTask(ModalityEncoder(tiny_encoder(), text_side="lora"), max_logit_scale=7.0)
     fitted(task, emoji_data("subgroup"), steps=3)  # the next step takes template 3 of 2: the second
     classes = emoji_data("subgroup").classes()
     assert task.trainer.global_step % len(classes.templates) == 1
@@ -72,7 +72,7 @@ def counted(scores: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def test_evaluation_equals_a_loop_for_each_modality(aligned, tmp_path) -> None:
-    task = ZeroShotClassificationTask(tiny_encoder(), aligned=str(aligned.path), text_side="frozen")
+    task = ZeroShotClassificationTask(ModalityEncoder(tiny_encoder(), aligned=str(aligned.path), text_side="frozen"))
     data = emoji_data("subgroup")
     quiet_trainer(tmp_path).test(task, data, verbose=False)
     text = embeddings(task.encoder, data.classes("novel")).float()
@@ -151,7 +151,8 @@ def test_a_probe_is_logistic_regression_on_scaled_features(fitted, tmp_path) -> 
 @pytest.mark.parametrize("lr", [0.0, 10.0])
 def test_a_run_that_destroys_its_score_is_stopped(lr: float, fitted) -> None:
     task = ZeroShotClassificationTask(
-        OpenCLIPEncoder(pretrained="emoji"), text_side="full", optimizer=lambda g: torch.optim.SGD(g, lr=lr)
+        ModalityEncoder(OpenCLIPEncoder(pretrained="emoji"), text_side="full"),
+        optimizer=lambda g: torch.optim.SGD(g, lr=lr),
     )
     settings = {"limit_val_batches": 1.0, "num_sanity_val_steps": -1, "val_check_interval": 1}
     guard = CollapseGuard("accuracy", "novel", max_drop=0.3)
@@ -285,7 +286,8 @@ def test_the_logit_bias_of_a_siglip_stays(fitted, tmp_path) -> None:
         return OpenCLIPEncoder(config={**TINY, "init_logit_bias": -7.0}, merges="emoji")
 
     task = ZeroShotClassificationTask(
-        siglip(), text_side="full", optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.5)
+        ModalityEncoder(siglip(), text_side="full"),
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.5),
     )
     words = task.encoder.encoder.model.token_embedding.weight.detach().clone()
     trainer = fitted(task, emoji_data(), steps=1)

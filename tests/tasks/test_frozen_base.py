@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
-from gmail_lightning.models import ModalityEncoder, OpenCLIPEncoder
+from gmail_lightning.models import LoRA, ModalityEncoder, OpenCLIPEncoder
 from gmail_lightning.tasks import AlignmentTask, RetrievalTask, encoder_task
 
 
@@ -37,19 +37,29 @@ def replaced_tower(key: str) -> OpenCLIPEncoder:
 )
 def test_a_checkpoint_is_refused_wherever_the_base_differs(tmp_path: Path, key: str, name: str) -> None:
     """By the task, by a task that follows, and by whoever takes the encoder away."""
-    task = AlignmentTask(tiny_encoder(), rank=2)
+    task = AlignmentTask(ModalityEncoder(tiny_encoder(), branch=LoRA(rank=2)))
     task.trainer = quiet_trainer(tmp_path)
     content: dict[str, Any] = {"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams)}
     task.on_save_checkpoint(content)
     torch.save(content, tmp_path / "a.ckpt")
     for build, error in (
-        (lambda: AlignmentTask(replaced_tower(key), rank=2).on_load_checkpoint(content), MisconfigurationException),
-        (lambda: RetrievalTask(replaced_tower(key), aligned=str(tmp_path / "a.ckpt"), text_side="lora"), ValueError),
+        (
+            lambda: AlignmentTask(ModalityEncoder(replaced_tower(key), branch=LoRA(rank=2))).on_load_checkpoint(
+                content
+            ),
+            MisconfigurationException,
+        ),
+        (
+            lambda: RetrievalTask(
+                ModalityEncoder(replaced_tower(key), aligned=str(tmp_path / "a.ckpt"), text_side="lora")
+            ),
+            ValueError,
+        ),
         (lambda: ModalityEncoder.from_checkpoint(tmp_path / "a.ckpt", replaced_tower(key)), ValueError),
     ):
         with pytest.raises(error, match=rf"(?s)another.*differ in 1 of \d+ tensors, most in {name}: "):
             build()
-    AlignmentTask(tiny_encoder(), rank=2).on_load_checkpoint(content)
+    AlignmentTask(ModalityEncoder(tiny_encoder(), branch=LoRA(rank=2))).on_load_checkpoint(content)
 
 
 def test_the_fingerprint_is_computed_once_per_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +70,7 @@ def test_the_fingerprint_is_computed_once_per_run(tmp_path: Path, monkeypatch: p
         return original(*args, **kwargs)
 
     monkeypatch.setattr(encoder_task, "fingerprint", counted)
-    task = AlignmentTask(tiny_encoder(), rank=2)
+    task = AlignmentTask(ModalityEncoder(tiny_encoder(), branch=LoRA(rank=2)))
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
     settings = {"enable_checkpointing": True, "callbacks": [saves], "limit_val_batches": 0}
     quiet_trainer(tmp_path, max_steps=3, **settings).fit(task, emoji_data(mode="paired"))

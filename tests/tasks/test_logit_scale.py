@@ -7,7 +7,7 @@ import torch
 from tiny_tasks import TINY, emoji_data, tiny_encoder
 from torch.nn.functional import normalize
 
-from gmail_lightning.models import OpenCLIPEncoder
+from gmail_lightning.models import ModalityEncoder, OpenCLIPEncoder
 from gmail_lightning.models.base import DualEncoder
 from gmail_lightning.tasks import AlignmentTask, LongRetrievalTask, RetrievalTask, ZeroShotClassificationTask
 from gmail_lightning.types import ImageSpec, TextSpec
@@ -58,12 +58,12 @@ def test_the_gradient_at_the_cap_is_that_of_the_loss(cap: float) -> None:
 def tasks() -> dict[str, torch.nn.Module]:
     return {
         "retrieval": RetrievalTask(tiny_encoder()),
-        "text side": RetrievalTask(tiny_encoder(), text_side="full"),
-        "classes": ZeroShotClassificationTask(tiny_encoder(), text_side="full"),
-        "a lower cap": RetrievalTask(tiny_encoder(), text_side="full", max_logit_scale=20.0),
+        "text side": RetrievalTask(ModalityEncoder(tiny_encoder(), text_side="full")),
+        "classes": ZeroShotClassificationTask(ModalityEncoder(tiny_encoder(), text_side="full")),
+        "a lower cap": RetrievalTask(ModalityEncoder(tiny_encoder(), text_side="full"), max_logit_scale=20.0),
         "temperature": AlignmentTask(tiny_encoder(), temperature=0.02, learnable_temperature=True),
         "SigLIP": RetrievalTask(siglip(117.0)),
-        "SigLIP's classes": ZeroShotClassificationTask(siglip(117.0), text_side="full"),
+        "SigLIP's classes": ZeroShotClassificationTask(ModalityEncoder(siglip(117.0), text_side="full")),
         "SigLIP's temperature": AlignmentTask(
             tiny_encoder(), temperature=1 / 117, loss="sigmoid", learnable_temperature=True
         ),

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset
-from gmail_lightning.models import OpenCLIPEncoder
+from gmail_lightning.models import ModalityEncoder, OpenCLIPEncoder
 from gmail_lightning.models.encoders.long_text import stretch_context
 from gmail_lightning.tasks import LongRetrievalTask
 
@@ -93,7 +93,7 @@ def test_only_the_text_side_trains_on_a_stretched_tower() -> None:
     torch.manual_seed(0)
     encoder = OpenCLIPEncoder(config=TINY, merges="emoji")
     stretch_context(encoder, 40, keep=8)
-    made = LongRetrievalTask(encoder, text_side="full", num_components=3)
+    made = LongRetrievalTask(ModalityEncoder(encoder, text_side="full"), num_components=3)
     trained = {name for name, p in made.named_parameters() if p.requires_grad}
     assert any("positional_embedding" in name for name in trained)
     assert not any("visual" in name for name in trained)
@@ -173,7 +173,7 @@ def test_a_checkpoint_brings_settings_and_the_stretched_tower_back(tmp_path) -> 
         return encoder
 
     settings = {"short_weight": 0.25, "num_components": 7, "label_smoothing": 0.2}
-    made = LongRetrievalTask(stretched(), text_side="full", **settings)
+    made = LongRetrievalTask(ModalityEncoder(stretched(), text_side="full"), **settings)
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.requires_grad:
@@ -188,7 +188,11 @@ def test_a_checkpoint_brings_settings_and_the_stretched_tower_back(tmp_path) -> 
     )
     rows = batch(made)
     assert again.compute_losses(rows)["loss"].item() == pytest.approx(made.compute_losses(rows)["loss"].item())
-    before = LongRetrievalTask(stretched(), text_side="full", **settings).compute_losses(rows)["loss"].item()
+    before = (
+        LongRetrievalTask(ModalityEncoder(stretched(), text_side="full"), **settings)
+        .compute_losses(rows)["loss"]
+        .item()
+    )
     assert abs(before - made.compute_losses(rows)["loss"].item()) > 1e-3
 
 

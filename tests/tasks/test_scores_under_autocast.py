@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from gmail_lightning.metrics import image_text_recall, modality_gap
 from gmail_lightning.metrics.repair import rank_images
+from gmail_lightning.models import ModalityEncoder
 from gmail_lightning.tasks import LinearProbeTask, ZeroShotClassificationTask
 
 CLASSES = 400
@@ -30,7 +31,7 @@ def batch() -> dict[str, object]:
 
 
 def zero_shot() -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
-    task = ZeroShotClassificationTask(tiny_encoder(), text_side="lora")
+    task = ZeroShotClassificationTask(ModalityEncoder(tiny_encoder(), text_side="lora"))
     task._weights["pets"] = normalize(near(CLASSES), dim=1)
     expected = normalize(batch()["image_features"].double(), dim=1) @ task._weights["pets"].double().T
     return lambda: task.scores(batch()), expected

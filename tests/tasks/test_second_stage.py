@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_encoders import routed
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
 from gmail_lightning.main import main
@@ -31,8 +32,7 @@ def tensors(task) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", [RetrievalTask, ZeroShotClassificationTask, LinearProbeTask])
 def test_the_branches_are_the_aligners(aligned, image, kind) -> None:
-    side = {} if kind is LinearProbeTask else {"text_side": "frozen"}
-    task = kind(tiny_encoder(), aligned=str(aligned.path), **side).eval()
+    task = kind(ModalityEncoder(tiny_encoder(), aligned=str(aligned.path))).eval()
     with torch.no_grad():
         expected = aligned.task.encoder.encode_image(image, MODALITY)
         assert torch.equal(task.encoder.encode_image(image, MODALITY), expected)
@@ -41,7 +41,7 @@ def test_the_branches_are_the_aligners(aligned, image, kind) -> None:
 
 
 def test_without_alignment_generated_images_are_taken_as_real(image) -> None:
-    task = RetrievalTask(tiny_encoder(), text_side="lora")
+    task = RetrievalTask(ModalityEncoder(tiny_encoder(), text_side="lora"))
     with torch.no_grad():
         plain = tiny_encoder().eval().encode_image(image)
         assert torch.equal(task.encoder.encode_image(image, torch.ones(5, dtype=torch.long)), plain)
@@ -59,7 +59,7 @@ def test_without_alignment_generated_images_are_taken_as_real(image) -> None:
 def test_what_trains_and_what_a_checkpoint_gives_back(aligned, image, fitted, tmp_path, side, train_adapters, moved):
     settings = {"text_side": side, "text_rank": 2, "text_targets": ("v", "fc2"), "train_adapters": train_adapters}
     path = Path(shutil.copytree(aligned.path.parent, tmp_path / "aligned")) / "last.ckpt"
-    task = RetrievalTask(tiny_encoder(), aligned=str(path), **settings)
+    task = RetrievalTask(ModalityEncoder(tiny_encoder(), aligned=str(path), **settings))
     before = tensors(task)
     trainer = fitted(task, emoji_data())
     after = tensors(task)
@@ -84,7 +84,7 @@ def test_what_trains_and_what_a_checkpoint_gives_back(aligned, image, fitted, tm
 def test_an_untouched_text_side_scores_as_the_plain_encoder(aligned, tmp_path) -> None:
     data = emoji_data()
     plain = RetrievalTask(tiny_encoder())
-    task = RetrievalTask(tiny_encoder(), aligned=str(aligned.path), text_side="frozen")
+    task = RetrievalTask(ModalityEncoder(tiny_encoder(), aligned=str(aligned.path), text_side="frozen"))
     for each in (plain, task):
         quiet_trainer(tmp_path).validate(each, data, verbose=False)
     own, expected = task.results["novel"], plain.results["novel"]
@@ -95,7 +95,7 @@ def test_an_untouched_text_side_scores_as_the_plain_encoder(aligned, tmp_path) -
 
 
 def test_frozen_real_features_equal_the_plain_encoders_on_the_same_batch(aligned, image) -> None:
-    task = RetrievalTask(tiny_encoder(), aligned=str(aligned.path), text_side="frozen")
+    task = RetrievalTask(ModalityEncoder(tiny_encoder(), aligned=str(aligned.path), text_side="frozen"))
     tokens = task.encoder.text_spec.encode(["one", "two"])
     plain = tiny_encoder().eval().requires_grad_(False)  # as ours: torch picks its attention kernel by that, too
     with torch.no_grad():
@@ -110,55 +110,58 @@ def test_a_folder_means_its_newest_run(aligned, image, tmp_path) -> None:
     newer.parent.mkdir(parents=True)
     content["state_dict"] = {k: v * 2 if k.endswith(".B") else v for k, v in content["state_dict"].items()}
     torch.save(content, newer)
-    folder = LinearProbeTask(tiny_encoder(), aligned=str(tmp_path))
+    folder = LinearProbeTask(ModalityEncoder(tiny_encoder(), aligned=str(tmp_path)))
     assert str(newer) in folder.encoder.describe()
-    file = LinearProbeTask(tiny_encoder(), aligned=str(newer))
+    file = LinearProbeTask(ModalityEncoder(tiny_encoder(), aligned=str(newer)))
     with torch.no_grad():
-        for task, same in ((folder, True), (LinearProbeTask(tiny_encoder(), aligned=str(older)), False)):
+        other = LinearProbeTask(ModalityEncoder(tiny_encoder(), aligned=str(older)))
+        for task, same in ((folder, True), (other, False)):
             features = [t.encoder.encode_image(image, MODALITY) for t in (task, file)]
             assert torch.equal(*features) == same
 
 
 def test_refusals(aligned, tmp_path) -> None:
     with pytest.raises(ValueError, match="no such checkpoint"):
-        RetrievalTask(tiny_encoder(), aligned=str(tmp_path / "gone.ckpt"), text_side="lora")
+        RetrievalTask(ModalityEncoder(tiny_encoder(), aligned=str(tmp_path / "gone.ckpt"), text_side="lora"))
     with pytest.raises(ValueError, match=r"no checkpoints/last.ckpt below"):
-        RetrievalTask(tiny_encoder(), aligned=str(tmp_path), text_side="lora")
+        RetrievalTask(ModalityEncoder(tiny_encoder(), aligned=str(tmp_path), text_side="lora"))
     with pytest.raises(ValueError, match="trained on another base"):
-        RetrievalTask(tiny_encoder(seed=9), aligned=str(aligned.path), text_side="lora")
-    with pytest.raises(ValueError, match="say what of the text side is trained"):
-        RetrievalTask(tiny_encoder(), aligned=str(aligned.path))
-    with pytest.raises(ValueError, match="train_adapters needs aligned"):
-        RetrievalTask(tiny_encoder(), text_side="lora", train_adapters=True)
+        RetrievalTask(ModalityEncoder(tiny_encoder(seed=9), aligned=str(aligned.path), text_side="lora"))
+    with pytest.raises(ValueError, match="aligned brings its own branch"):
+        ModalityEncoder(tiny_encoder(), aligned=str(aligned.path), projection=True)
+    with pytest.raises(ValueError, match="train_tower trains the encoder itself"):
+        ModalityEncoder(tiny_encoder(), aligned=str(aligned.path), train_tower=True)
     with pytest.raises(ValueError, match="text_side='half'"):
-        RetrievalTask(tiny_encoder(), text_side="half")
+        RetrievalTask(ModalityEncoder(tiny_encoder(), text_side="half"))
     with pytest.raises(ValueError, match="give a string"):
-        LinearProbeTask(tiny_encoder(), aligned=aligned.path)
+        LinearProbeTask(ModalityEncoder(tiny_encoder(), aligned=aligned.path))
 
 
 def test_a_later_stage_is_no_alignment(aligned, fitted, tmp_path) -> None:
     """Its own text side would be dropped, or it has no branch at all: said, not done."""
     for number, (start, match) in enumerate([(None, "no branch for generated images"), (str(aligned.path), "dropped")]):
-        trainer = fitted(RetrievalTask(tiny_encoder(), aligned=start, text_side="lora"), emoji_data())
+        trainer = fitted(RetrievalTask(ModalityEncoder(tiny_encoder(), aligned=start, text_side="lora")), emoji_data())
         path = tmp_path / f"{number}.ckpt"
         trainer.save_checkpoint(path)
         with pytest.raises(ValueError, match=match):
-            RetrievalTask(tiny_encoder(), aligned=str(path), text_side="frozen")
-    assert LinearProbeTask(tiny_encoder(), aligned=str(path)).encoder.settings["rank"] == 3  # images alone: no loss
+            RetrievalTask(ModalityEncoder(tiny_encoder(), aligned=str(path), text_side="frozen"))
+    probe = LinearProbeTask(ModalityEncoder(tiny_encoder(), aligned=str(path)))  # images alone: no loss
+    assert probe.encoder.branch.rank == 3
 
 
 def test_settings_that_no_tensor_shows_must_agree(aligned, fitted, tmp_path) -> None:
-    trainer = fitted(RetrievalTask(tiny_encoder(), aligned=str(aligned.path), text_side="lora"), emoji_data())
+    encoder = ModalityEncoder(tiny_encoder(), aligned=str(aligned.path), text_side="lora")
+    trainer = fitted(RetrievalTask(encoder), emoji_data())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    other = {**aligned.task.encoder.settings, "alpha": 50.0}
-    task = RetrievalTask(tiny_encoder(), aligned=other, text_side="lora")
+    other = {**aligned.task.encoder.branch.settings, "alpha": 50.0}
+    task = RetrievalTask(routed(tiny_encoder(), **other, projection=True, text_side="lora"))
     with pytest.raises(MisconfigurationException, match=r"alpha=5.0 of its branches, and here it is 50.0"):
         quiet_trainer(tmp_path).validate(task, emoji_data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
 
 
 def test_new_adapters_learn_from_the_task_itself(fitted) -> None:
     settings = {"rank": 2, "alpha": 4.0, "targets": ["q", "v"]}
-    task = RetrievalTask(tiny_encoder(), aligned=settings, text_side="lora", train_adapters=True)
+    task = RetrievalTask(routed(tiny_encoder(), **settings, text_side="lora"))
     before = tensors(task)
     fitted(task, emoji_data())
     changed = {name for name, value in tensors(task).items() if not torch.equal(before[name], value)}
@@ -170,7 +173,7 @@ def test_a_stretched_table_is_in_checkpoints_of_an_evaluation(fitted, tmp_path) 
     """ModelCheckpoint saves at the end of a validation, where no gradient is recorded."""
     encoder = tiny_encoder()
     stretch_context(encoder, 28, keep=4)
-    task = RetrievalTask(encoder, text_side="full")
+    task = RetrievalTask(ModalityEncoder(encoder, text_side="full"))
     saver = ModelCheckpoint(tmp_path, save_last=True)
     fitted(task, emoji_data(), callbacks=[saver], enable_checkpointing=True, limit_val_batches=1, val_check_interval=2)
     other = tiny_encoder()
@@ -208,7 +211,7 @@ def test_the_embedded_recipes_train_evaluate_and_reload(recipe, tmp_path, monkey
     told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     told.addHandler(caplog.handler)
     config = ["--config", f"{Path(__file__).parents[2]}/recipes/emoji/{recipe}.yaml", "--data.init_args.num_workers=0"]
-    config += ["--model.init_args.aligned=null", "--data.init_args.batch_size=16"]
+    config += ["--model.encoder.aligned=null", "--data.init_args.batch_size=16"]
     limits = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
     guard = [] if recipe != "zeroshot" else ["--trainer.callbacks=[ResultsWriter]"]  # two steps prove nothing
     assert main(["fit", *config, *limits, *guard, f"--trainer.default_root_dir={tmp_path}/run"]) == 0
@@ -250,16 +253,17 @@ def test_a_checkpoint_says_which_alignment_it_took(aligned, tmp_path: Path) -> N
         digest.update(name.removeprefix("encoder.").encode())
         digest.update(recorded["state_dict"][name].numpy().tobytes())
     expected = {"path": str(aligned.path), "step": 1, "digest": digest.hexdigest()[:12]}
-    assert "alignment" not in recorded
+    assert recorded["branches"]["alignment"] is None
 
-    task = RetrievalTask(tiny_encoder(), aligned=str(aligned.path), text_side="projection")
+    task = RetrievalTask(ModalityEncoder(tiny_encoder(), aligned=str(aligned.path), text_side="projection"))
     trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0)
     trainer.fit(task, emoji_data())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["alignment"] == expected
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["branches"]["alignment"] == expected
 
-    again = RetrievalTask(tiny_encoder(), aligned=task.encoder.settings, text_side="projection")  # needs no file
+    settings = {"projection": True, "text_side": "projection", "train_adapters": False}
+    again = RetrievalTask(routed(tiny_encoder(), 3, 5.0, ("q", "fc1"), **settings))  # needs no file
     trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0)
     trainer.fit(again, emoji_data(), ckpt_path=tmp_path / "a.ckpt")
     trainer.save_checkpoint(tmp_path / "b.ckpt")
-    assert torch.load(tmp_path / "b.ckpt", weights_only=True)["alignment"] == expected
+    assert torch.load(tmp_path / "b.ckpt", weights_only=True)["branches"]["alignment"] == expected

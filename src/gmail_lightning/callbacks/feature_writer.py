@@ -83,7 +83,7 @@ class FeatureWriter(Callback):
             )
         if trainer.ckpt_path:
             raise MisconfigurationException(
-                "EmbeddingTask takes no ckpt_path: give the checkpoint of the alignment as model.init_args.aligned."
+                "EmbeddingTask takes no ckpt_path: give the checkpoint of the alignment as model.encoder.aligned."
             )
         cast(Any, trainer).predict_loop.return_predictions = False  # they would be kept until the end
         self._rows = _columns(data)

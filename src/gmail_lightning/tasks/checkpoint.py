@@ -70,6 +70,12 @@ class SmallCheckpoints(LightningModule):
 
     _arguments: dict[str, Any]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What ``help`` shows is the constructor's signature, not that of ``__new__``."""
+        super().__init_subclass__(**kwargs)
+        signature = inspect.signature(cls.__init__)
+        cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Notes the arguments of the constructor, of a subclass's own, too."""
         task = super().__new__(cls)

@@ -178,11 +178,16 @@ class EncoderTask(BaseTask):
 
 
 def require_text(encoder: ModalityEncoder, why: str) -> None:
-    """Refuses an encoder without text tower.
+    """Refuses an encoder without text tower, or whose text side was trained elsewhere and left behind.
 
     Raises:
         ValueError: With the reason, and what to give.
     """
+    if encoder.left_behind is not None:
+        raise ValueError(
+            f"{encoder.left_behind}: the text side that was trained there would be dropped. Give the checkpoint of the "
+            "alignment; to go on with that run, its own recipe and --ckpt_path."
+        )
     if encoder.text_spec is None:
         raise ValueError(f"{type(encoder.plain).__name__} has no text tower, but {why}: give a DualEncoder.")
 

@@ -153,6 +153,14 @@ def adapter_ids(module: nn.Module) -> set[int]:
     return inside - {id(tensor) for tensor in _beside_adapters(module)}
 
 
+def adapter_keys(module: nn.Module) -> set[str]:
+    """Names of these tensors in the state dict of a module."""
+    with torch.enable_grad():  # as ``state_dict`` is read elsewhere: parametrized tables are put together in it
+        state = module.state_dict(keep_vars=True)
+    ids = adapter_ids(module)
+    return {name for name, tensor in state.items() if id(tensor) in ids}
+
+
 def _beside_adapters(module: nn.Module) -> Iterator[Tensor]:
     yield from (*module.parameters(recurse=False), *module.buffers(recurse=False))
     for child in module.children():

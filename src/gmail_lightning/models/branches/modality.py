@@ -88,6 +88,8 @@ class ModalityEncoder(WrappedEncoder):
         super().__init__(encoder.mean, encoder.std)
         #: Which alignment the adapters are from: ``path``, ``step`` and ``digest`` of its checkpoint; None for none.
         self.alignment: dict[str, Any] | None = None
+        #: Checkpoint whose trained text side was left behind when its branches were taken; None for none.
+        self.left_behind: Path | None = None
         found: BranchRecord | None = None
         if aligned is not None and (taken := restored_branches()) is None:
             found = find_alignment(aligned)
@@ -145,6 +147,7 @@ class ModalityEncoder(WrappedEncoder):
             raise ValueError(f"{found.path}: lacks the adapters {absent[:4]}.")
         self.load_state_dict({name: found.state[name] for name in names}, strict=False)
         self.alignment = found.alignment(names)
+        self.left_behind = None if found.settings["text_side"] == "frozen" else found.path
 
     @classmethod
     def around(cls, encoder: ImageEncoder, build: Callable[[ImageEncoder], ModalityEncoder]) -> ModalityEncoder:
