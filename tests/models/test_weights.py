@@ -126,8 +126,13 @@ def test_a_checkpoint_has_no_module_imported(tmp_path: Path, alignment: Path, mo
             AlignmentTask.load_from_checkpoint(tmp_path / "a.ckpt")
         if "encoder" in recorded and "other" not in recorded:
             with pytest.raises(ValueError, match="is not imported"):
-                build_encoder(recorded, tmp_path / "a.ckpt")
+                build_encoder(recorded["encoder"], tmp_path / "a.ckpt", ModalityEncoder)
         assert "hostile" not in sys.modules
+    content = torch.load(alignment, weights_only=True)
+    content["branches"]["branch"] = {"class_path": "hostile.Branch", "init_args": {}}
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="is not imported"):
+        ModalityEncoder(tiny_encoder(), aligned=str(tmp_path / "a.ckpt"))
     content = torch.load(alignment, weights_only=True)
     content["hyper_parameters"]["encoder"] = {"class_path": "hostile.Encoder"}
     torch.save(content, tmp_path / "a.ckpt")
@@ -139,7 +144,7 @@ def test_a_class_that_is_imported_is_built() -> None:
     recorded = {
         "encoder": {"class_path": "gmail_lightning.models.OpenCLIPEncoder", "init_args": {"pretrained": "emoji"}}
     }
-    assert isinstance(build_encoder(recorded, "a.ckpt"), OpenCLIPEncoder)
+    assert isinstance(build_encoder(recorded["encoder"], "a.ckpt", ModalityEncoder), OpenCLIPEncoder)
 
 
 @pytest.mark.parametrize("wrap", [WRAPPERS["ddp"], WRAPPERS["compiled"], WRAPPERS["both"]])

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset
 from gmail_lightning.models import LoRA, ModalityEncoder, OpenCLIPEncoder
+from gmail_lightning.models.chunks import in_chunks
 from gmail_lightning.tasks import AlignmentTask, RetrievalTask
-from gmail_lightning.tasks.base import in_chunks
 
 TINY = {
     "embed_dim": 16,

@@ -45,7 +45,7 @@ def reference(task: RetrievalTask, rows: dict[str, torch.Tensor], log_scale: flo
 @pytest.mark.parametrize("cap", [100.0, 50.0, 7.3])
 def test_the_gradient_at_the_cap_is_that_of_the_loss(cap: float) -> None:
     task = RetrievalTask(tiny_encoder(), max_logit_scale=cap)
-    parameter = task.encoder.model.logit_scale
+    parameter = task.encoder.plain.model.logit_scale
     parameter.data.fill_(math.log(cap))  # in fp32, whose exp may lie above
     loss = task.compute_losses(batch(task))["loss"]
     loss.backward()
@@ -117,7 +117,7 @@ def test_the_scale_of_siglip_is_not_cut() -> None:
         text = normalize(task.encoder.encode_text(rows["text"]).double(), dim=1)
         loss = task.compute_losses(rows)["loss"]
     sign = 2 * torch.eye(4, dtype=torch.float64) - 1
-    logits = task.encoder.model.logit_scale.double().exp() * image @ text.T - 5.0
+    logits = task.encoder.plain.model.logit_scale.double().exp() * image @ text.T - 5.0
     assert loss.item() == pytest.approx(-torch.nn.functional.logsigmoid(sign * logits).sum().item() / 4, rel=1e-5)
     assert task.scale.item() == pytest.approx(117.0, rel=1e-6)
 

@@ -101,7 +101,7 @@ def fixed_image(encoder: ImageEncoder) -> Tensor:
     height, width = encoder.image_spec.size
     # Of faint texture: a strong one hides the scale of the patch embedding behind the norm that follows it.
     pixels = 0.5 + 0.1 * torch.arange(3 * height * width, dtype=torch.float64).cos()
-    return pixels.view(1, 3, height, width).to(encoder.get_buffer("pixel_mean"))
+    return pixels.view(1, 3, height, width).to(encoder.plain.get_buffer("pixel_mean"))
 
 
 def _probe(plain: ImageEncoder) -> list[float]:
