@@ -8,7 +8,7 @@ from gmail_lightning.models.base import (
     ImageGenerator,
     LoRATarget,
 )
-from gmail_lightning.models.diffusion import DiffusersGenerator
+from gmail_lightning.models.generators.diffusion import DiffusersGenerator
 from gmail_lightning.models.hf_clip import HFCLIPEncoder
 from gmail_lightning.models.hf_tower import HFImageEncoder
 from gmail_lightning.models.llava import Llava

@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.losses.diffusion import PredictionType, denoising_loss, min_snr_weight
-from gmail_lightning.models.diffusion import DiffusersGenerator
+from gmail_lightning.models.generators.diffusion import DiffusersGenerator
 from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.types import ImageTextBatch, InputSpec
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import GeneratedImages, ImageGenerator
-from gmail_lightning.models.diffusers_loading import (
+from gmail_lightning.models.generators.diffusers_loading import (
     build_scheduler,
     find_pipeline,
     load_pipeline,
