@@ -219,7 +219,7 @@ def test_what_cannot_be_trained_is_refused(folders: dict[str, Path]) -> None:
     without_signal.pipeline.scheduler.register_to_config(rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="ends without signal"):
         TextToImageTask(without_signal)
-    assert TextToImageTask(without_signal, prediction_type="v_prediction").noise_schedule.alphas_cumprod[-1] == 0
+    assert TextToImageTask(without_signal, prediction_type="v_prediction").objective.alphas_cumprod[-1] == 0
     task = make(folders["sd"], prediction_type="v_prediction")
     assert task.generator.pipeline.scheduler.config.prediction_type == "v_prediction"
     with pytest.raises(MisconfigurationException, match="predict with ImageGenerationTask"):

@@ -19,8 +19,9 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from gmail_lightning.distributed import on_first_rank
-from gmail_lightning.losses.diffusion import PredictionType, denoising_loss, min_snr_weight
+from gmail_lightning.losses.diffusion import PredictionType
 from gmail_lightning.models.generators.diffusion import DiffusersGenerator
+from gmail_lightning.models.generators.objective import DenoisingObjective, drop_prompts
 from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
@@ -68,7 +69,6 @@ class TextToImageTask(BaseTask):
     ) -> None:
         super().__init__(optimizer, scheduler, warmup_steps)
         self.record_hyperparameters()
-        from diffusers import DDPMScheduler
         from diffusers.training_utils import EMAModel
 
         unet = generator.part("unet", "TextToImageTask trains")
@@ -82,18 +82,8 @@ class TextToImageTask(BaseTask):
                 f"{type(generator.pipeline).__name__} has several text encoders; TextToImageTask trains pipelines with "
                 "one: Stable Diffusion 1.x and 2.x, and IF."
             )
-        if prediction_type is not None:
-            generator.pipeline.scheduler.register_to_config(prediction_type=prediction_type)
-        self.noise_schedule = DDPMScheduler.from_config(generator.pipeline.scheduler.config)
-        self.prediction_type = cast(PredictionType, self.noise_schedule.config.prediction_type)
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction_type {self.prediction_type!r}: use 'epsilon' or 'v_prediction'.")
-        if self.prediction_type == "epsilon" and self.noise_schedule.alphas_cumprod[-1] == 0:
-            raise ValueError(
-                "The schedule ends without signal (rescale_betas_zero_snr), where predicting the noise is trivial: set "
-                "prediction_type='v_prediction'."
-            )
-        self.generator, self.min_snr_gamma, self.prompt_dropout = generator, min_snr_gamma, prompt_dropout
+        self.generator, self.prompt_dropout = generator, prompt_dropout
+        self.objective = DenoisingObjective(generator, prediction_type, min_snr_gamma)
         text_encoder = generator.part("text_encoder")
         self._select_trainable(lora_rank, train_text_encoder)
         self._averaged = [p for module in (unet, text_encoder) for p in module.parameters() if p.requires_grad]
@@ -133,33 +123,11 @@ class TextToImageTask(BaseTask):
 
     def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
         """The weighted denoising loss."""
-        noise = torch.Generator().manual_seed(self._draw())
-        text = batch["text"]
-        dropped = torch.rand(len(text), generator=noise).to(text.device) < self.prompt_dropout
-        text = torch.where(dropped[:, None], self.get_buffer("empty_text"), text)
-        clean = self.generator.encode_pixels(batch["image"], noise)
-        drawn = torch.randn(clean.shape, generator=noise).to(clean)
-        steps = self.noise_schedule.config.num_train_timesteps
-        timestep = torch.randint(steps, (len(clean),), generator=noise).to(clean.device)
-        weight = None
-        if self.min_snr_gamma is not None:
-            weight = min_snr_weight(self._snr(timestep), self.min_snr_gamma, self.prediction_type)
-        if "weight" in batch:
-            weight = batch["weight"] if weight is None else weight * batch["weight"]
-        return {"loss": denoising_loss(*self._denoise(clean, drawn, timestep, text), weight)}
-
-    def _denoise(self, clean: Tensor, noise: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Prediction and target, shapes as ``clean``."""
-        noisy = self.noise_schedule.add_noise(clean, noise, timestep)
-        if self.prediction_type == "epsilon":
-            target = noise
-        else:
-            target = self.noise_schedule.get_velocity(clean, noise, timestep)
-        return self.generator.denoise(noisy, timestep, self.generator.encode_text(text)), target
-
-    def _snr(self, timestep: Tensor) -> Tensor:
-        alpha = self.noise_schedule.alphas_cumprod.to(timestep.device)[timestep]
-        return cast(Tensor, alpha / (1 - alpha))
+        draws = torch.Generator().manual_seed(self._draw())
+        text = drop_prompts(batch["text"], self.get_buffer("empty_text"), self.prompt_dropout, draws)
+        noised = self.objective.draw(self.generator.encode_pixels(batch["image"], draws), draws)
+        prediction = self.objective.denoise(noised, self.generator.encode_text(text)).prediction
+        return {"loss": self.objective.loss(prediction, noised, batch.get("weight"))}
 
     def _draw(self) -> int:
         """Seed of the noise of one batch; the same for a resumed run, another on every rank."""
@@ -227,11 +195,12 @@ class TextToImageTask(BaseTask):
         clean = self.generator.encode_pixels(batch["image"])
         draws = [torch.Generator().manual_seed(row) for row in batch["row_id"].tolist()]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws]).to(clean)
-        steps = self.noise_schedule.config.num_train_timesteps
-        timestep = torch.cat([torch.randint(steps, (1,), generator=draw) for draw in draws]).to(clean.device)
+        steps = len(self.objective.alphas_cumprod)
+        timestep = torch.cat([torch.randint(steps, (1,), generator=draw) for draw in draws])
         first = torch.searchsorted(batch["text_row"], torch.arange(len(clean), device=clean.device))
-        prediction, target = self._denoise(clean, noise, timestep, batch["text"][first])
-        metrics["denoising"].update((prediction.float() - target).square().flatten(1).mean(dim=1))
+        noised = self.objective.noised(clean, noise, timestep)
+        prediction = self.objective.denoise(noised, self.generator.encode_text(batch["text"][first])).prediction
+        metrics["denoising"].update((prediction.float() - noised.target).square().flatten(1).mean(dim=1))
 
     def predict_step(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Images are made by another task, out of prompts.

@@ -23,6 +23,11 @@ from gmail_lightning.models.generators.diffusers_loading import (
 from gmail_lightning.types import ImageSpec, TextSpec
 
 
+def sent_to(device: torch.device, drawn: Tensor) -> Tensor:
+    """A tensor of the CPU on the device; the host does not wait for the copy."""
+    return (drawn.pin_memory() if device.type == "cuda" and not drawn.is_cuda else drawn).to(device, non_blocking=True)
+
+
 class Tokenize:
     """Texts to token ids as a pipeline feeds them to its text encoder; picklable.
 
@@ -286,8 +291,24 @@ class DiffusersGenerator(ImageGenerator):
                 posterior = encoded.latent_dist
                 latents = posterior.mode()
                 if noise is not None:
-                    latents = latents + posterior.std * torch.randn(latents.shape, generator=noise).to(latents)
+                    drawn = torch.randn(latents.shape, generator=noise).to(latents.dtype)
+                    latents = latents + posterior.std * sent_to(latents.device, drawn)
         return cast(Tensor, latents.float() * vae.config.scaling_factor)
+
+    def decode_pixels(self, clean: Tensor) -> Tensor:
+        """Maps what is denoised back to pixels, with gradients: the inverse of ``encode_pixels``.
+
+        Args:
+            clean: Latents (B, C, h, w), or pixels in [-1, 1].
+
+        Returns:
+            Shape (B, 3, H, W); in [0, 1] but for what the denoiser or the VAE overshoots, as clamping would stop the
+            gradient there.
+        """
+        if self.in_latent_space:
+            vae = self.part("vae")
+            clean = vae.decode(clean.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return (clean + 1) / 2
 
     def denoise(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """The prediction of the UNet, shape as ``noisy``; further channels (a variance) are left out."""
