@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.losses.diffusion import PredictionType
+from gmail_lightning.models.generators.averaging import WeightAverage
 from gmail_lightning.models.generators.diffusion import DiffusersGenerator
 from gmail_lightning.models.generators.objective import DenoisingObjective, drop_prompts
 from gmail_lightning.tasks.base import BaseTask
@@ -41,7 +42,7 @@ class TextToImageTask(BaseTask):
             written to the scheduler's configuration, and needs training from scratch or a long fine-tuning.
         min_snr_gamma: Cap of the signal-to-noise weights (arXiv 2303.09556); None weighs all timesteps alike.
         prompt_dropout: Share of rows that see the empty prompt, which guidance needs.
-        ema_decay: Of the average of the trained weights (with diffusers' warm-up); None keeps none.
+        ema_decay: Of the average of the trained weights (``WeightAverage``); None keeps none.
         lora_rank: Rank of adapters on the attention of the UNet (PEFT); None trains all of it.
         train_text_encoder: Train the text encoder too.
         optimizer: See ``BaseTask``.
@@ -69,8 +70,6 @@ class TextToImageTask(BaseTask):
     ) -> None:
         super().__init__(optimizer, scheduler, warmup_steps)
         self.record_hyperparameters()
-        from diffusers.training_utils import EMAModel
-
         unet = generator.part("unet", "TextToImageTask trains")
         if generator.dtype != "float32":
             raise ValueError(
@@ -86,9 +85,8 @@ class TextToImageTask(BaseTask):
         self.objective = DenoisingObjective(generator, prediction_type, min_snr_gamma)
         text_encoder = generator.part("text_encoder")
         self._select_trainable(lora_rank, train_text_encoder)
-        self._averaged = [p for module in (unet, text_encoder) for p in module.parameters() if p.requires_grad]
-        self.ema_decay = ema_decay
-        self.ema = EMAModel(self._averaged, decay=ema_decay, use_ema_warmup=True, power=0.75) if ema_decay else None
+        trained = [p for module in (unet, text_encoder) for p in module.parameters() if p.requires_grad]
+        self.average = None if ema_decay is None else WeightAverage(trained, ema_decay)
         encode = generator.text_spec.encode
         self.register_buffer("empty_text", encode([""]), persistent=False)
         self._evaluation = ExitStack()
@@ -138,14 +136,14 @@ class TextToImageTask(BaseTask):
     def on_fit_start(self) -> None:
         """Brings the average to the device of the weights."""
         super().on_fit_start()
-        if self.ema is not None:
-            self.ema.to(self.device)
+        if self.average is not None:
+            self.average.to(self.device)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Updates the average too, before any callback writes a checkpoint."""
         super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:
-            self.ema.step(self._averaged)
+        if self.average is not None:
+            self.average.update()
 
     def on_train_end(self) -> None:
         """Writes the pipeline."""
@@ -155,18 +153,9 @@ class TextToImageTask(BaseTask):
 
     # Evaluation
 
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def averaged_weights(self) -> AbstractContextManager[None]:
         """Within it, the networks hold the averaged weights."""
-        if self.ema is None or self.ema.optimization_step == 0:  # nothing has been averaged
-            yield
-            return
-        self.ema.store(self._averaged)
-        self.ema.copy_to(self._averaged)
-        try:
-            yield
-        finally:
-            self.ema.restore(self._averaged)
+        return nullcontext() if self.average is None else self.average.swapped_in()
 
     def on_validation_epoch_start(self) -> None:
         """Evaluates the averaged weights."""
@@ -234,8 +223,8 @@ class TextToImageTask(BaseTask):
         super().on_save_checkpoint(checkpoint)
         described = self.generator.describe()
         checkpoint["pipeline"] = {key: described[key] for key in ("generator", "revision")}
-        if self.ema is not None:
-            checkpoint["ema"] = self.ema.state_dict()
+        if self.average is not None:
+            checkpoint["ema"] = self.average.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that leans on another pipeline, and restores the average.
@@ -250,7 +239,5 @@ class TextToImageTask(BaseTask):
                 f"The checkpoint was trained on {recorded.get('generator')} at {recorded.get('revision')}, but the "
                 f"generator is {described['generator']} at {described['revision']}. Give the pipeline it started from."
             )
-        if self.ema is not None and "ema" in checkpoint:
-            self.ema.load_state_dict(checkpoint["ema"])
-            self.ema.decay = cast(float, self.ema_decay)  # the user's value, not the file's
-            self.ema.to(self.device)
+        if self.average is not None and "ema" in checkpoint:
+            self.average.load_state_dict(checkpoint["ema"])

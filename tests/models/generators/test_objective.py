@@ -199,3 +199,12 @@ def test_what_has_no_such_objective_is_refused(folders: dict[str, Path]) -> None
         objective(folders["sd3"])
     with pytest.raises(ValueError, match="prediction_type 'sample'"):
         objective(folders["sd"], "sample")
+
+
+def test_a_compiled_pass_that_shows_no_middle_is_refused(folders: dict[str, Path]) -> None:
+    made = objective(folders["sd"])
+    made.generator.denoiser.compile(backend="eager")
+    noised, context = rows(made)
+    made.denoise(noised, context)  # compiled without a hook
+    with pytest.raises(RuntimeError, match="showed 0 middle blocks, not one: build the generator with compile=False"):
+        made.denoise(noised, context, middle=True)
