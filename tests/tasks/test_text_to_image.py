@@ -246,3 +246,23 @@ def test_checkpoints_of_the_first_edition_load(folders: dict[str, Path], tmp_pat
     with again.averaged_weights():
         assert all((p == 0.25).all() for p in again.unet.parameters())
     assert not any((p == 0.25).all() for p in again.unet.parameters())
+
+
+def test_parts_train_at_rates_of_their_own(folders: dict[str, Path], tmp_path: Path) -> None:
+    rates = {"generator.parts.text_encoder": 1e-4, "generator.parts.unet.conv_in": 1e-5}
+    plain = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)  # noqa: E731
+    task = make(folders["sd"], train_text_encoder=True, learning_rates=rates, optimizer=plain, prompt_dropout=0.0)
+    before = {name: p.detach().clone() for name, p in task.generator.named_parameters()}
+    trainer = fit(task, tmp_path, 1)
+    moved = {name: (p - before[name]).abs().max().item() for name, p in task.generator.named_parameters()}
+    # The first step of Adam moves by the rate, where there is a gradient.
+    assert moved["parts.unet.conv_in.weight"] == pytest.approx(1e-5, rel=0.1)
+    assert moved["parts.unet.conv_out.weight"] == pytest.approx(1e-3, rel=0.1)
+    assert max(value for name, value in moved.items() if "text_encoder" in name) == pytest.approx(1e-4, rel=0.1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]["learning_rates"] == rates
+    wrong = make(folders["sd"], learning_rates={"generator.unet": 1e-5})
+    with pytest.raises(
+        ValueError, match=r"'generator.unet'. Parts that train: generator.parts.unet, generator.parts.unet.con"
+    ):
+        fit(wrong, tmp_path, 1)

@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
+from gmail_lightning.models.weights import plain_names
 from gmail_lightning.optim import WarmupCosine, parameter_groups
 from gmail_lightning.tasks.checkpoint import SmallCheckpoints
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
@@ -68,6 +69,8 @@ class BaseTask(SmallCheckpoints, ABC):
             where that is set, else a constant rate.
         warmup_steps: Of the default schedule.
         allow_small_negatives: Accept gradient accumulation with a batch-contrastive loss.
+        learning_rates: Rates of their own for parts of the model, by how the names of their parameters begin, such as
+            ``{encoder: 1.0e-5}``; see ``optim.parameter_groups``. The schedule scales each.
     """
 
     #: True where the loss contrasts rows of one batch, so that accumulating gradients does not enlarge the batch.
@@ -83,11 +86,12 @@ class BaseTask(SmallCheckpoints, ABC):
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
         allow_small_negatives: bool = False,
+        learning_rates: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # frozen tensors are not in the checkpoint; on_load_checkpoint checks the rest
         self.optimizer, self.scheduler, self.warmup_steps = optimizer, scheduler, warmup_steps
-        self.allow_small_negatives = allow_small_negatives
+        self.allow_small_negatives, self.learning_rates = allow_small_negatives, learning_rates
         self.metrics = nn.ModuleDict()
         #: Values of the last evaluation, by set: what the callbacks draw and print.
         self.results: dict[str, dict[str, float]] = {}
@@ -259,7 +263,7 @@ class BaseTask(SmallCheckpoints, ABC):
 
     def configure_optimizers(self) -> Any:
         """The user's optimizer and schedule, or AdamW with ``WarmupCosine``."""
-        groups = parameter_groups(self.parameters())
+        groups = parameter_groups(plain_names(dict(self.named_parameters())).items(), self.learning_rates)
         if not groups:
             raise MisconfigurationException(f"{type(self).__name__}: nothing is trainable.")
         build: Callable[..., Optimizer] = self.optimizer or (lambda p: AdamW(p, lr=1e-4, weight_decay=0.01))

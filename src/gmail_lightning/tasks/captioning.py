@@ -61,6 +61,7 @@ class CaptioningTask(EncoderTask):
         optimizer: See ``BaseTask``.
         scheduler: See ``BaseTask``.
         warmup_steps: See ``BaseTask``.
+        learning_rates: See ``BaseTask``.
 
     Raises:
         ValueError: As ``second_stage``; if a setting is out of its range or the captioner reads features of another
@@ -91,8 +92,9 @@ class CaptioningTask(EncoderTask):
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
+        learning_rates: dict[str, float] | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup_steps)
+        super().__init__(optimizer, scheduler, warmup_steps, learning_rates=learning_rates)
         self.record_hyperparameters()
         for name, value, least, most in (
             ("num_beams", num_beams, 1, math.inf),

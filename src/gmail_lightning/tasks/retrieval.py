@@ -48,6 +48,7 @@ class RetrievalTask(EncoderTask):
         scheduler: See ``BaseTask``.
         warmup_steps: See ``BaseTask``.
         allow_small_negatives: See ``BaseTask``.
+        learning_rates: See ``BaseTask``.
 
     Raises:
         ValueError: If ``aligned`` or ``train_adapters`` comes without ``text_side``, if a cap is not positive or meets
@@ -72,8 +73,9 @@ class RetrievalTask(EncoderTask):
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
         allow_small_negatives: bool = False,
+        learning_rates: dict[str, float] | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup_steps, allow_small_negatives)
+        super().__init__(optimizer, scheduler, warmup_steps, allow_small_negatives, learning_rates)
         self.record_hyperparameters()
         if text_side is not None:
             encoder = second_stage(encoder, aligned, text_side, text_rank, text_targets, train_adapters)

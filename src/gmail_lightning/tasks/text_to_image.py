@@ -48,6 +48,7 @@ class TextToImageTask(BaseTask):
         optimizer: See ``BaseTask``.
         scheduler: See ``BaseTask``.
         warmup_steps: See ``BaseTask``.
+        learning_rates: See ``BaseTask``: ``{generator.parts.text_encoder: 1.0e-6}`` where that trains too.
 
     Raises:
         ValueError: If the pipeline has no UNet, or more than one text encoder.
@@ -67,8 +68,9 @@ class TextToImageTask(BaseTask):
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
+        learning_rates: dict[str, float] | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup_steps)
+        super().__init__(optimizer, scheduler, warmup_steps, learning_rates=learning_rates)
         self.record_hyperparameters()
         unet = generator.part("unet", "TextToImageTask trains")
         if generator.dtype != "float32":
