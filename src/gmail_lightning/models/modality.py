@@ -189,6 +189,10 @@ class ModalityEncoder(DualEncoder):
         """As the plain encoder's, with what ``text_side`` adds."""
         return _project(self._dual.encode_text(text), self.text_side_projection)
 
+    def text_tokens(self, text: Tensor) -> Tensor:
+        """As the plain encoder's; a projection of the text side acts in the joint space and so takes no part."""
+        return self._dual.text_tokens(text)
+
     def text_parameters(self) -> Iterator[nn.Parameter]:
         """As the plain encoder's."""
         return self._dual.text_parameters()
