@@ -184,7 +184,7 @@ def test_evaluation_is_logged_per_set_and_counts_every_image_once(tmp_path: Path
     run.validate(task, pairs(eval_batch_size=100), verbose=False)
     assert set(task.results) == {"novel"}
     logged = {k: float(v) for k, v in run.logged_metrics.items()}
-    assert logged == {f"val/novel/{k}": pytest.approx(v) for k, v in task.results["novel"].items()}
+    assert logged == {f"val/novel/{k}": pytest.approx(v) for k, v in task.results["novel"].values.items()}
 
     # The same numbers from scratch: features of every image by hand, brute force over pairs.
     flat, noto = EmojiDataset("fluent_flat", "novel"), EmojiDataset("noto", "novel")
@@ -198,7 +198,7 @@ def test_evaluation_is_logged_per_set_and_counts_every_image_once(tmp_path: Path
 
     g, r = features(flat), features(noto)
     assert flat.pair_id.tolist() == noto.pair_id.tolist()
-    assert task.results["novel"]["paired_cosine"] == pytest.approx(float((g * r).sum(1).mean()), abs=5e-3)
+    assert task.results["novel"].values["paired_cosine"] == pytest.approx(float((g * r).sum(1).mean()), abs=5e-3)
 
 
 class Colour(StrEnum):

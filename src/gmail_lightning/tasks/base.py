@@ -20,6 +20,7 @@ from torchmetrics import Metric
 from gmail_lightning.models.weights import plain_names
 from gmail_lightning.optim import WarmupCosine, parameter_groups
 from gmail_lightning.tasks.checkpoint import SmallCheckpoints
+from gmail_lightning.tasks.results import EvaluationResult, set_key
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
 
@@ -77,6 +78,8 @@ class BaseTask(SmallCheckpoints, ABC):
     batch_contrastive: ClassVar[bool] = False
     #: True where ``compute_losses`` weighs the rows by ``batch["weight"]``.
     uses_weights: ClassVar[bool] = False
+    #: True where evaluating writes captions, which ``result_of`` then shows batch by batch.
+    writes_captions: ClassVar[bool] = False
     #: Arguments that training does not read: a run may be evaluated, or resumed, with others.
     evaluation_only: ClassVar[frozenset[str]] = frozenset()
 
@@ -93,8 +96,8 @@ class BaseTask(SmallCheckpoints, ABC):
         self.optimizer, self.scheduler, self.warmup_steps = optimizer, scheduler, warmup_steps
         self.allow_small_negatives, self.learning_rates = allow_small_negatives, learning_rates
         self.metrics = nn.ModuleDict()
-        #: Values of the last evaluation, by set: what the callbacks draw and print.
-        self.results: dict[str, dict[str, float]] = {}
+        #: What the last evaluation of every set has found: what the callbacks draw and print.
+        self.results: dict[str, EvaluationResult] = {}
         self._gradients_checked = False
         self._replaced: Tensor | int = 0  # rows that stood in for others so far; on the device until it is logged
 
@@ -116,6 +119,19 @@ class BaseTask(SmallCheckpoints, ABC):
     def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
         """Adds one evaluation batch to the metrics of its set."""
         raise NotImplementedError(f"{type(self).__name__} defines no update_metrics.")
+
+    def result_of(self, eval_set: str) -> EvaluationResult:
+        """The result of a set; an empty one, which is then kept, where it has not been evaluated."""
+        return self.results.setdefault(set_key(eval_set), EvaluationResult())
+
+    def complete_result(self, name: str, result: EvaluationResult, metrics: Mapping[str, Any]) -> None:
+        """Adds what a task finds of a set besides values.
+
+        Args:
+            name: ``set_key`` of the set.
+            result: Its values.
+            metrics: The metrics that gave them, reset already.
+        """
 
     @property
     def pretrained(self) -> bool:
@@ -143,7 +159,7 @@ class BaseTask(SmallCheckpoints, ABC):
             verb = "test" if stage == "test" else "val"
             sets = getattr(getattr(trainer, "datamodule", None), "eval_sets", None)
             for name in ["eval"] if sets is None else sets.get(verb, []):
-                self.metrics[f"{verb}/{name}".replace(".", "_")] = nn.ModuleDict(self.build_metrics(name))
+                self.metrics[f"{verb}/{set_key(name)}"] = nn.ModuleDict(self.build_metrics(name))
 
     def on_fit_start(self) -> None:
         """Compares cached features with the encoder, whose weights are restored by now."""
@@ -211,7 +227,7 @@ class BaseTask(SmallCheckpoints, ABC):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: ImageTextBatch, stage: str) -> None:
-        metrics = self.metrics[f"{stage}/{batch.get('eval_set', 'eval')}".replace(".", "_")]
+        metrics = self.metrics[f"{stage}/{set_key(batch.get('eval_set', 'eval'))}"]
         self.update_metrics(cast(Any, metrics), batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -230,7 +246,10 @@ class BaseTask(SmallCheckpoints, ABC):
             for metric in cast(list[Metric], list(metrics.children())):
                 values.update(metric.compute())
                 metric.reset()
-            self.results[key.removeprefix(f"{stage}/")] = {k: float(v) for k, v in values.items()}
+            name = key.removeprefix(f"{stage}/")
+            result = EvaluationResult({k: float(v) for k, v in values.items()}, captions=self.result_of(name).captions)
+            self.complete_result(name, result, cast(Any, metrics))
+            self.results[name] = result
             # The metric has already been reduced over ranks.
             self.log_dict({f"{key}/{k}": v for k, v in values.items()}, batch_size=1)
 
