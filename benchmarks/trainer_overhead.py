@@ -42,7 +42,7 @@ class Bare(pl.LightningModule):
         return self.encoder(batch["image_features"]).square().mean()
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(parameter_groups(self.parameters()), lr=1e-4, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(parameter_groups(self.named_parameters()), lr=1e-4, weight_decay=0.01)
         schedule = WarmupCosine(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -179,7 +179,7 @@ def test_names_questions_and_features_in_place_of_pixels(tmp_path: Path) -> None
         "sample_key": ["a", "b", "c"], "references": [["x"], [], ["z"]], "question": ["what?", "", "<why>"],
         "eval_set": "science/qa 1.0",
     }  # fmt: skip
-    task.captions = ["1", "2", "3"]
+    task.result_of("science/qa 1.0").captions = ["1", "2", "3"]
     gallery.setup(trainer, task, "test")
     trainer.state.fn = TrainerFn.TESTING
     gallery.on_test_start(trainer, task)

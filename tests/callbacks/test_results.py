@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from gmail_lightning.callbacks import ResultsWriter
+from gmail_lightning.tasks.results import EvaluationResult
 
 JAVA = "java was not found: install a Java runtime"
 
@@ -30,10 +31,14 @@ class Scores(Metric):
 class Scored(EchoTask):
     def __init__(self, reasons: dict[str, dict[str, str]]) -> None:
         super().__init__()
-        self.reasons = reasons
+        self.missing = reasons
 
     def build_metrics(self, eval_set: str) -> dict[str, Metric]:
         return {"scores": Scores()}
+
+    def complete_result(self, name: str, result: EvaluationResult, metrics: Any) -> None:
+        super().complete_result(name, result, metrics)
+        result.reasons = self.missing.get(name, {})
 
 
 def read(file: Path) -> Any:

@@ -101,7 +101,7 @@ class Noting(CaptioningTask):
 
     def update_metrics(self, metrics, batch):
         super().update_metrics(metrics, batch)
-        rows = zip(batch["row_id"].tolist(), batch["sample_key"], self.captions, strict=True)
+        rows = zip(batch["row_id"].tolist(), batch["sample_key"], self.results["few"].captions, strict=True)
         self.noted = [*getattr(self, "noted", []), *rows]
 
 
@@ -131,7 +131,7 @@ def describe(devices: int, folder: Path, accumulate: int = 1) -> dict[str, objec
     ).fit(task, data)  # fmt: skip
     weights = {name: p.detach() for name, p in captioner.named_parameters()}
     assert (weights["clip_project.model.0.weight"] - before).abs().max() > 1e-3
-    return {"noted": task.noted, "results": task.results["few"], "weights": weights}
+    return {"noted": task.noted, "results": task.results["few"].values, "weights": weights}
 
 
 def embed(devices: int, folder: Path, datasets: list[EmojiDataset]) -> None:
@@ -298,7 +298,7 @@ def main(devices: int, folder: Path) -> None:
         weights = {name: p.detach() for name, p in task.named_parameters() if p.requires_grad}
         out = {
             "weights": weights,
-            "results": task.results["novel"],
+            "results": task.results["novel"].values,
             "collectives": task.collectives,
             "metrics": metrics,
         }

@@ -95,7 +95,7 @@ def test_kept_rows_do_not_train(kind: str, tiny) -> None:
     stretch_context(encoder, 32, keep=8)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     assert before.keys() == tiny(kind).state_dict().keys()
-    optimizer = torch.optim.AdamW(parameter_groups(encoder.parameters()), lr=0.1, weight_decay=0.5)
+    optimizer = torch.optim.AdamW(parameter_groups(encoder.named_parameters()), lr=0.1, weight_decay=0.5)
     ids = encoder.text_spec.encode(["a fox by the river " * 2, "a cat"])
     for _ in range(3):
         optimizer.zero_grad()

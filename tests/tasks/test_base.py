@@ -97,7 +97,7 @@ def test_a_checkpoint_holds_trainables_and_the_base_only(tmp_path: Path) -> None
     assert len(held["state_dict"]) == len(trained) == 2 * 2 * 2  # A and B of q and v of two blocks
     assert all(".lora." in key for key in held["state_dict"])
     assert "encoder" not in held["hyper_parameters"]
-    assert held["hyper_parameters"]["rank"] == 2
+    assert held["branches"]["branch"]["init_args"]["rank"] == 2
 
     again = AlignmentTask.load_from_checkpoint(tmp_path / "a.ckpt", encoder=tiny())
     image, modality = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 1, 0])
@@ -107,7 +107,8 @@ def test_a_checkpoint_holds_trainables_and_the_base_only(tmp_path: Path) -> None
         AlignmentTask.load_from_checkpoint(tmp_path / "a.ckpt", encoder=tiny(seed=1))
     assert len(set(re.findall(r"\b[0-9a-f]{12}\b", str(caught.value)))) == 2
     with pytest.raises(MisconfigurationException, match="unknown"):
-        AlignmentTask.load_from_checkpoint(tmp_path / "a.ckpt", encoder=tiny(), targets=("q",))
+        encoder = ModalityEncoder(tiny(), branch=LoRA(rank=2, targets=("q",)))
+        AlignmentTask.load_from_checkpoint(tmp_path / "a.ckpt", encoder=encoder)
 
 
 def test_accumulation_is_refused_with_the_way_out(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_running_statistics_of_a_trained_tower_survive_a_checkpoint(tmp_path: Pa
 
 def test_a_partly_frozen_encoder_leans_on_its_frozen_tower_alone(tmp_path: Path) -> None:
     task = RetrievalTask(tiny())
-    for name, p in task.encoder.model.named_parameters():
+    for name, p in task.encoder.plain.model.named_parameters():
         p.requires_grad_(name.startswith("visual."))
     run = trainer(tmp_path)
     run.fit(task, pairs())
@@ -186,7 +187,7 @@ def test_evaluation_is_logged_per_set_and_counts_every_image_once(tmp_path: Path
     run.validate(task, pairs(eval_batch_size=100), verbose=False)
     assert set(task.results) == {"novel"}
     logged = {k: float(v) for k, v in run.logged_metrics.items()}
-    assert logged == {f"val/novel/{k}": pytest.approx(v) for k, v in task.results["novel"].items()}
+    assert logged == {f"val/novel/{k}": pytest.approx(v) for k, v in task.results["novel"].values.items()}
 
     # The same numbers from scratch: features of every image by hand, brute force over pairs.
     flat, noto = EmojiDataset("fluent_flat", "novel"), EmojiDataset("noto", "novel")
@@ -200,7 +201,7 @@ def test_evaluation_is_logged_per_set_and_counts_every_image_once(tmp_path: Path
 
     g, r = features(flat), features(noto)
     assert flat.pair_id.tolist() == noto.pair_id.tolist()
-    assert task.results["novel"]["paired_cosine"] == pytest.approx(float((g * r).sum(1).mean()), abs=5e-3)
+    assert task.results["novel"].values["paired_cosine"] == pytest.approx(float((g * r).sum(1).mean()), abs=5e-3)
 
 
 class Colour(StrEnum):

@@ -159,7 +159,7 @@ def test_a_whole_run_on_a_store_has_the_scores_of_live_features(tmp_path: Path, 
         task = AlignmentTask(encoder)
         pl.seed_everything(0)
         trainer(tmp_path, check_val_every_n_epoch=None, val_check_interval=2).fit(task, pairs(real, num_workers=0))
-        results.append((task.results["novel"], encoder.images))
+        results.append((task.results["novel"].values, encoder.images))
     (live, live_images), (cached, cached_images) = results
     assert live_images - cached_images == 2 * 8 + 373 - 2  # the fixed image, for the store
     assert cached == {name: pytest.approx(value, abs=0.01) for name, value in live.items()}
@@ -330,7 +330,7 @@ def test_generated_features_are_those_of_the_aligned_branch(tmp_path: Path) -> N
         task = AlignmentTask(ModalityEncoder(encoder, branch=LoRA(rank=2)))
         before = encoder.images
         trainer(tmp_path).validate(task, data(store), ckpt_path=checkpoint)  # the adapters come after setup
-        return task.results["novel"], encoder.images - before
+        return task.results["novel"].values, encoder.images - before
 
     live, _ = scores(tiny(), None)
     cached, images = scores(tiny(), both)

@@ -110,18 +110,20 @@ def test_scores_of_each_modality_and_what_needs_java_is_left_to_test(tmp_path: P
     data = emoji_data()
     trainer = quiet_trainer(tmp_path, max_steps=2, val_check_interval=2, num_sanity_val_steps=0, limit_val_batches=2)
     trainer.fit(made, data)
-    values = made.results["novel"]
+    values = made.results["novel"].values
     assert {"CIDEr", "Bleu_4", "ROUGE_L", "unique_captions", "mean_length", "generated_CIDEr"} <= values.keys()
     assert "METEOR" not in values
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gmail_lightning.metrics.captioning.JAVA_METRICS", {"meteor": no_java(asked)})
         trainer.validate(made, data, verbose=False)
-    values = made.results["novel"]
+    values = made.results["novel"].values
     assert math.isnan(values["METEOR"])
     assert math.isnan(values["generated_METEOR"])
     assert math.isfinite(values["CIDEr"])
-    assert made.reasons["novel"]["METEOR"] == made.reasons["novel"]["generated_METEOR"] == "no java here"
+    assert (
+        made.results["novel"].reasons["METEOR"] == made.results["novel"].reasons["generated_METEOR"] == "no java here"
+    )
     assert len(asked) == 2  # one set, two modalities
 
 
@@ -193,10 +195,10 @@ def test_multiple_choice_questions_are_scored_by_their_letter(tmp_path: Path) ->
     sets = [Quiz("noto", "novel")]
     quiet_trainer(tmp_path).validate(made, MixedModalityDataModule(sets, {"quiz": sets}), verbose=False)
     even = (sets[0].image_id % 2 == 0).mean()
-    assert made.results["quiz"]["IMG-Accuracy"] == pytest.approx(even)
+    assert made.results["quiz"].values["IMG-Accuracy"] == pytest.approx(even)
     assert 0.4 < even < 0.6
-    assert (made.results["quiz"]["questions"], made.results["quiz"]["unparsable"]) == (len(sets[0]), 0)
-    assert "generated_IMG-Accuracy" not in made.results["quiz"]
+    assert (made.results["quiz"].values["questions"], made.results["quiz"].values["unparsable"]) == (len(sets[0]), 0)
+    assert "generated_IMG-Accuracy" not in made.results["quiz"].values
     assert sorted(asked) == sorted(f"Which one? {i}" for i in range(len(sets[0])))
 
 
@@ -207,7 +209,7 @@ def test_a_collapse_is_told(tmp_path: Path) -> None:
         UserWarning, match=r"novel: only 0\.\d% of the captions of real images differ.*2.0 words on average"
     ):
         quiet_trainer(tmp_path).validate(made, emoji_data(), verbose=False)
-    assert made.results["novel"]["mean_length"] == 2.0
+    assert made.results["novel"].values["mean_length"] == 2.0
 
 
 def test_a_collapse_on_generated_images_is_told(tmp_path: Path) -> None:
@@ -221,9 +223,9 @@ def test_a_collapse_on_generated_images_is_told(tmp_path: Path) -> None:
 def test_java_alone_is_left_to_test(tmp_path: Path) -> None:
     made = task(metrics=["meteor"])
     quiet_trainer(tmp_path, max_steps=1, limit_val_batches=1, val_check_interval=1).fit(made, emoji_data())
-    assert "unique_captions" in made.results["novel"]
-    assert not {"METEOR", "CIDEr"} & made.results["novel"].keys()
-    assert made.tokenizers == {}  # nothing was split
+    assert "unique_captions" in made.results["novel"].values
+    assert not {"METEOR", "CIDEr"} & made.results["novel"].values.keys()
+    assert made.results["novel"].tokenizer is None  # nothing was split
 
 
 def test_adapters_that_the_captioner_does_not_read_stay_as_they_are(aligned: Any, tmp_path: Path) -> None:

@@ -82,11 +82,11 @@ def test_evaluation_equals_a_loop_for_each_modality(aligned, tmp_path) -> None:
         features = task.encoder.encode_image(images, torch.full((len(images),), modality))
         expected = counted(normalize(features, dim=1) @ text.T, torch.from_numpy(dataset.label))
         for name, value in expected.items():
-            assert task.results["novel"][prefix + name] == pytest.approx(value, abs=1e-6), (hand, name)
-    shown = task.class_accuracy["novel"]
+            assert task.results["novel"].values[prefix + name] == pytest.approx(value, abs=1e-6), (hand, name)
+    shown = task.results["novel"].class_accuracy
     assert list(shown) == dataset.class_names
     seen = [value for value in shown.values() if value is not None]
-    assert sum(seen) / len(seen) == pytest.approx(task.results["novel"]["mean_per_class"], abs=1e-6)
+    assert sum(seen) / len(seen) == pytest.approx(task.results["novel"].values["mean_per_class"], abs=1e-6)
 
 
 def test_templates_given_to_the_task_replace_those_of_the_data(fitted) -> None:
@@ -159,7 +159,7 @@ def test_a_run_that_destroys_its_score_is_stopped(lr: float, fitted) -> None:
     data = emoji_data("concept", batch_size=64)
     if lr == 0.0:
         fitted(task, data, steps=1, callbacks=[guard], **settings)
-        assert task.results["novel"]["accuracy"] == pytest.approx(guard.before)
+        assert task.results["novel"].values["accuracy"] == pytest.approx(guard.before)
         return
     with pytest.raises(CollapseError, match=r"novel/accuracy fell from 0.* before training to 0.* at step"):
         fitted(task, data, steps=3, callbacks=[guard], **settings)
@@ -206,10 +206,10 @@ def test_classes_of_one_name_keep_columns_of_their_own(fitted, tmp_path) -> None
         images = torch.stack([resize(held.image(i), probe.encoder.image_spec) for i in range(len(held))])
         logits = 4.0 * normalize(probe.encoder.encode_image(images), dim=1) @ probe.head.weight.T + probe.head.bias
     hits = (logits.argmax(1) == torch.from_numpy(held.label)).float()
-    assert probe.results["held"]["accuracy"] == pytest.approx(hits.mean().item())
+    assert probe.results["held"].values["accuracy"] == pytest.approx(hits.mean().item())
     names = ["missile (label 0)", "cat", "missile (label 2)", "dog"]
     assert hits.view(4, 3).mean(1).tolist() == [0, 0, 1, 0]
-    assert probe.class_accuracy["held"] == dict(zip(names, [0, 0, 1, 0], strict=True))
+    assert probe.results["held"].class_accuracy == dict(zip(names, [0, 0, 1, 0], strict=True))
     batch = {"image": images, "modality": torch.zeros(12, dtype=torch.long), "eval_set": "held"}
     with torch.no_grad():
         torch.testing.assert_close(probe.scores(batch), logits)
@@ -277,7 +277,7 @@ def test_a_class_without_images_is_null_in_the_file(tmp_path) -> None:
     classes = json.loads(file.read_text(), parse_constant=refuse)["classes"]["held"]
     assert classes.keys() == {"cat", "dog", "emu"}
     assert classes["emu"] is None
-    assert classes["cat"] + classes["dog"] == pytest.approx(2 * task.results["held"]["mean_per_class"])
+    assert classes["cat"] + classes["dog"] == pytest.approx(2 * task.results["held"].values["mean_per_class"])
 
 
 def test_the_logit_bias_of_a_siglip_stays(fitted, tmp_path) -> None:

@@ -79,7 +79,7 @@ def test_the_second_stage_goes_on_from_the_first(language: Path, aligned: Any, t
     again = task(language, str(aligned.path), tune="lora", lora_rank=2)
     trainer = quiet_trainer(tmp_path, limit_test_batches=1)
     trainer.test(again, emoji_data(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
-    assert again.captions
+    assert again.results["novel"].captions
     for name, value in second.captioner.state_dict().items():
         assert torch.equal(value, again.captioner.state_dict()[name]), name
 
@@ -129,7 +129,7 @@ def test_a_step_in_mixed_precision(language: Path, tmp_path: Path, kind: str) ->
         trainer.fit(made, emoji_data())
         after = dict(made.named_parameters())
         assert all(after[n].isfinite().all() and not torch.equal(after[n], value) for n, value in before.items())
-        assert made.captions
+        assert made.results["novel"].captions
         results.append(trainer.callback_metrics["train/loss"].item())
     assert results[0] == pytest.approx(results[1], rel=2e-2)
     assert results[0] != results[1]  # the second did run in another precision

@@ -157,7 +157,7 @@ def test_it_runs_on_the_batches_of_the_data_module(tmp_path, monkeypatch: pytest
     assert not torch.equal(words, before)
     seen.clear()
     trainer.validate(made, data, verbose=False)
-    values, captions = made.results["novel"], [caption for captions in seen for caption in captions]
+    values, captions = made.results["novel"].values, [caption for captions in seen for caption in captions]
     tokenizer = made.encoder.text_spec.encode
     cut = sum(len(tokenizer.encode(caption)) + 2 > 16 for caption in captions)
     assert (values["num_images"], values["num_texts"], values["num_truncated"]) == (16, len(captions), cut)

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_pipelines import build
@@ -171,7 +172,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(folders: dict[str, Pat
         straight.unet.state_dict().items(), resumed.unet.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(found, expected, msg=name)
-    for expected, found in zip(straight.ema.shadow_params, resumed.ema.shadow_params, strict=True):
+    for expected, found in zip(straight.average.average, resumed.average.average, strict=True):
         torch.testing.assert_close(found, expected)
     stored = torch.load(tmp_path / "half.ckpt", weights_only=True)
     assert all("lora" in key for key in stored["state_dict"])
@@ -219,8 +220,49 @@ def test_what_cannot_be_trained_is_refused(folders: dict[str, Path]) -> None:
     without_signal.pipeline.scheduler.register_to_config(rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="ends without signal"):
         TextToImageTask(without_signal)
-    assert TextToImageTask(without_signal, prediction_type="v_prediction").noise_schedule.alphas_cumprod[-1] == 0
+    assert TextToImageTask(without_signal, prediction_type="v_prediction").objective.alphas_cumprod[-1] == 0
     task = make(folders["sd"], prediction_type="v_prediction")
     assert task.generator.pipeline.scheduler.config.prediction_type == "v_prediction"
     with pytest.raises(MisconfigurationException, match="predict with ImageGenerationTask"):
         task.predict_step({}, 0)
+
+
+def test_checkpoints_of_the_first_edition_load(folders: dict[str, Path], tmp_path: Path) -> None:
+    """They hold the state of diffusers' ``EMAModel``."""
+    task = make(folders["pixel"], ema_decay=0.6)
+    trainer = fit(task, tmp_path, 2)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    peer = EMAModel(task.unet.parameters(), decay=0.6, use_ema_warmup=True, power=0.75)
+    assert content["ema"].keys() == peer.state_dict().keys()
+    peer.optimization_step, peer.shadow_params = 9, [torch.full_like(p, 0.25) for p in peer.shadow_params]
+    torch.save({**content, "ema": peer.state_dict()}, tmp_path / "first.ckpt")
+    again = make(folders["pixel"], ema_decay=0.8)
+    pl.Trainer(max_steps=2, enable_checkpointing=False, default_root_dir=tmp_path / "again", **FAST).fit(
+        again, data(), ckpt_path=tmp_path / "first.ckpt"
+    )
+    assert again.average is not None
+    assert (again.average.steps, again.average.decay) == (9, 0.8)
+    with again.averaged_weights():
+        assert all((p == 0.25).all() for p in again.unet.parameters())
+    assert not any((p == 0.25).all() for p in again.unet.parameters())
+
+
+def test_parts_train_at_rates_of_their_own(folders: dict[str, Path], tmp_path: Path) -> None:
+    rates = {"generator.parts.text_encoder": 1e-4, "generator.parts.unet.conv_in": 1e-5}
+    plain = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)  # noqa: E731
+    task = make(folders["sd"], train_text_encoder=True, learning_rates=rates, optimizer=plain, prompt_dropout=0.0)
+    before = {name: p.detach().clone() for name, p in task.generator.named_parameters()}
+    trainer = fit(task, tmp_path, 1)
+    moved = {name: (p - before[name]).abs().max().item() for name, p in task.generator.named_parameters()}
+    # The first step of Adam moves by the rate, where there is a gradient.
+    assert moved["parts.unet.conv_in.weight"] == pytest.approx(1e-5, rel=0.1)
+    assert moved["parts.unet.conv_out.weight"] == pytest.approx(1e-3, rel=0.1)
+    assert max(value for name, value in moved.items() if "text_encoder" in name) == pytest.approx(1e-4, rel=0.1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]["learning_rates"] == rates
+    wrong = make(folders["sd"], learning_rates={"generator.unet": 1e-5})
+    with pytest.raises(
+        ValueError, match=r"'generator.unet'. Parts that train: generator.parts.unet, generator.parts.unet.con"
+    ):
+        fit(wrong, tmp_path, 1)

@@ -21,6 +21,7 @@ from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from gmail_lightning.distributed import on_first_rank
+from gmail_lightning.tasks import BaseTask
 from gmail_lightning.types import ImageTextBatch, Modality
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2 ** 64 / golden ratio: multiples of it, modulo 2 ** 64, spread evenly
@@ -78,9 +79,9 @@ class CaptionGallery(Callback):
         """Refuses a task without captions, and asks for the run folder, which is a collective, on every rank.
 
         Raises:
-            MisconfigurationException: If the task has no ``captions``.
+            MisconfigurationException: If the task writes none.
         """
-        if not hasattr(pl_module, "captions"):
+        if not (isinstance(pl_module, BaseTask) and pl_module.writes_captions):
             raise MisconfigurationException(
                 f"CaptionGallery shows what CaptioningTask writes; {type(pl_module).__name__} has no captions of the "
                 "last evaluation batch."
@@ -106,7 +107,7 @@ class CaptionGallery(Callback):
     ) -> None:
         """Keeps those rows of the batch that are to be shown."""
         if trainer.is_global_zero and not _is_trial(trainer):
-            self._keep(batch, cast(Any, pl_module).captions)
+            self._keep(batch, cast(BaseTask, pl_module).result_of(batch.get("eval_set", "eval")).captions)
 
     def on_test_batch_end(
         self,

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.metrics import ModalityGap
 from gmail_lightning.tasks import BaseTask
+from gmail_lightning.tasks.results import values_by_set
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,7 +101,7 @@ class ModalityGapReport(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the values from before the first step, and remembers when the last ones were taken."""
         if trainer.sanity_checking:
-            self.before = {name: dict(values) for name, values in cast(BaseTask, pl_module).results.items()}
+            self.before = values_by_set(cast(BaseTask, pl_module).results)
         else:
             self._step = trainer.global_step
 
@@ -118,7 +119,7 @@ class ModalityGapReport(Callback):
             return
         if self._step != trainer.global_step:
             rank_zero_warn(f"The last validation was at step {self._step} of {trainer.global_step}.")
-        after = task.results
+        after = values_by_set(task.results)
         rank_zero_info(format_table(self.before, after))
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from gmail_lightning.callbacks.modality_gap import ModalityGapReport, require_validation_before
 from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.tasks import BaseTask
+from gmail_lightning.tasks.results import EvaluationResult, values_by_set
 
 Results = dict[str, dict[str, float]]  # value by evaluation set and name
 
@@ -41,13 +43,14 @@ class ResultsWriter(Callback):
         """Keeps the values from before the first step, writes later ones."""
         if trainer.sanity_checking:
             if trainer.num_sanity_val_steps == float("inf"):
-                self.before = {name: dict(values) for name, values in cast(BaseTask, pl_module).results.items()}
+                self.before = values_by_set(cast(BaseTask, pl_module).results)
         else:
             self._write(trainer, cast(BaseTask, pl_module))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the values of the real images, and where all are."""
-        results, running = cast(BaseTask, pl_module).results, cast(Any, trainer)
+        found, running = cast(BaseTask, pl_module).results, cast(Any, trainer)
+        results = values_by_set(found)
         shown_elsewhere = any(isinstance(callback, ModalityGapReport) for callback in running.callbacks)
         if not results and trainer.enable_validation and not running.fast_dev_run:
             rank_zero_warn(
@@ -63,7 +66,7 @@ class ResultsWriter(Callback):
             lines += [
                 f"  {k:<26}" + (f"{before[k]:>9.3f}" if k in before else "") + f"{v:>9.3f}" for k, v in shown.items()
             ]
-        lines += ["", *_lines(reasons)] if (reasons := _reasons(pl_module)) else []
+        lines += ["", *_lines(reasons)] if (reasons := _reasons(found)) else []
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         rank_zero_info("\n".join([*lines, f"All values: {folder / 'results.json'}"]))
 
@@ -80,14 +83,14 @@ class ResultsWriter(Callback):
         verb = cast(TrainerFn, trainer.state.fn)
         of_fit = verb == TrainerFn.FITTING
         when = {"step": trainer.global_step} if of_fit else {"checkpoint": str(trainer.ckpt_path or "")}
-        content: dict[str, Any] = {**when, "results": task.results}
+        content: dict[str, Any] = {**when, "results": values_by_set(task.results)}
         if self.before:
             content["before"] = self.before
-        if classes := getattr(task, "class_accuracy", None):
+        if classes := {name: found.class_accuracy for name, found in task.results.items() if found.class_accuracy}:
             content["classes"] = classes
-        if tokenizers := getattr(task, "tokenizers", None):
+        if tokenizers := {name: found.tokenizer for name, found in task.results.items() if found.tokenizer}:
             content["tokenizers"] = tokenizers
-        if reasons := _reasons(task):
+        if reasons := _reasons(task.results):
             content["reasons"] = reasons
         folder.mkdir(parents=True, exist_ok=True)
         name = "results.json" if of_fit else f"{verb.value}_results.json"
@@ -104,9 +107,9 @@ class ResultsWriter(Callback):
         self.before = state_dict["before"]
 
 
-def _reasons(task: LightningModule) -> dict[str, dict[str, str]]:
-    """What a task could not compute and why, by set and name; without the sets that lack nothing."""
-    return {name: reasons for name, reasons in getattr(task, "reasons", {}).items() if reasons}
+def _reasons(results: Mapping[str, EvaluationResult]) -> dict[str, dict[str, str]]:
+    """What could not be computed and why, by set and name; without the sets that lack nothing."""
+    return {name: found.reasons for name, found in results.items() if found.reasons}
 
 
 def _lines(reasons: dict[str, dict[str, str]]) -> list[str]:
@@ -149,7 +152,7 @@ class CollapseGuard(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compares with the state before training."""
-        results = cast(BaseTask, pl_module).results
+        results = values_by_set(cast(BaseTask, pl_module).results)
         name = self.eval_set or next(iter(results), None)
         if name not in results or self.metric not in results[name]:
             known = {key: sorted(values) for key, values in results.items()}

@@ -15,12 +15,12 @@ from gmail_lightning.models.branches.lora import add_lora, merge_lora
 from gmail_lightning.models.branches.modality import ModalityEncoder
 from gmail_lightning.models.captioners.llava import Llava
 from gmail_lightning.models.captioners.prefix_captioner import ClipCap
-from gmail_lightning.models.diffusion import DiffusersGenerator
 from gmail_lightning.models.encoders.hf_clip import HFCLIPEncoder
 from gmail_lightning.models.encoders.hf_tower import HFImageEncoder
 from gmail_lightning.models.encoders.long_text import stretch_context, stretch_positional_embedding
 from gmail_lightning.models.encoders.open_clip import OpenCLIPEncoder
 from gmail_lightning.models.encoders.readers import PatchTokens, PooledFeatures
+from gmail_lightning.models.generators.diffusion import DiffusersGenerator
 
 __all__ = [
     "Branch",

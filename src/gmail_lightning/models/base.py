@@ -136,6 +136,27 @@ class DualEncoder(ImageEncoder):
     def encode_text(self, text: Tensor) -> Tensor:
         """Maps token ids of shape (B, L) to features of shape (B, D)."""
 
+    def text_tokens(self, text: Tensor) -> Tensor:
+        """Maps token ids of shape (B, L) to the hidden states behind the final norm, shape (B, L, W).
+
+        What a diffusion model attends to of its text encoder, so that one text tower can serve both.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no text_tokens: implement it to share the text tower with a diffusion model."
+        )
+
+    def check_token_ids(self, text: Tensor) -> None:
+        """For the text tower's methods.
+
+        Raises:
+            ValueError: If token ids are not of shape (B, L), L being the context length of ``text_spec``.
+        """
+        if text.ndim != 2 or text.shape[1] != self.text_spec.context_length:
+            raise ValueError(
+                f"Token ids of shape {tuple(text.shape)}, but this text tower has context length "
+                f"{self.text_spec.context_length}: tokenise with the encoder's own text_spec."
+            )
+
     @property
     @abstractmethod
     def logit_scale(self) -> Tensor:

@@ -9,6 +9,7 @@ from gmail_lightning.tasks.encoder_task import EncoderTask
 from gmail_lightning.tasks.image_generation import ImageGenerationTask
 from gmail_lightning.tasks.linear_probe import LinearProbeTask
 from gmail_lightning.tasks.long_retrieval import LongRetrievalTask
+from gmail_lightning.tasks.results import EvaluationResult
 from gmail_lightning.tasks.retrieval import RetrievalTask
 from gmail_lightning.tasks.text_to_image import TextToImageTask
 
@@ -18,6 +19,7 @@ __all__ = [
     "CaptioningTask",
     "EmbeddingTask",
     "EncoderTask",
+    "EvaluationResult",
     "ImageGenerationTask",
     "LinearProbeTask",
     "LongRetrievalTask",

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchmetrics import Metric
 
+from gmail_lightning.models.weights import plain_names
 from gmail_lightning.optim import WarmupCosine, parameter_groups
 from gmail_lightning.tasks.checkpoint import SmallCheckpoints
+from gmail_lightning.tasks.results import EvaluationResult, set_key
 from gmail_lightning.types import ImageTextBatch, InputSpec, modality_rows
 
 
@@ -49,12 +51,16 @@ class BaseTask(SmallCheckpoints, ABC):
             where that is set, else a constant rate.
         warmup_steps: Of the default schedule.
         allow_small_negatives: Accept gradient accumulation with a batch-contrastive loss.
+        learning_rates: Rates of their own for parts of the model, by how the names of their parameters begin, such as
+            ``{encoder: 1.0e-5}``; see ``optim.parameter_groups``. The schedule scales each.
     """
 
     #: True where the loss contrasts rows of one batch, so that accumulating gradients does not enlarge the batch.
     batch_contrastive: ClassVar[bool] = False
     #: True where ``compute_losses`` weighs the rows by ``batch["weight"]``.
     uses_weights: ClassVar[bool] = False
+    #: True where evaluating writes captions, which ``result_of`` then shows batch by batch.
+    writes_captions: ClassVar[bool] = False
     #: Arguments that training does not read: a run may be evaluated, or resumed, with others.
     evaluation_only: ClassVar[frozenset[str]] = frozenset()
 
@@ -64,15 +70,16 @@ class BaseTask(SmallCheckpoints, ABC):
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
         allow_small_negatives: bool = False,
+        learning_rates: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.strict_loading = False  # frozen tensors are not in the checkpoint; on_load_checkpoint checks the rest
         self.optimizer, self.scheduler, self.warmup_steps = optimizer, scheduler, warmup_steps
-        self.allow_small_negatives = allow_small_negatives
+        self.allow_small_negatives, self.learning_rates = allow_small_negatives, learning_rates
         self.metrics = nn.ModuleDict()
-        #: Values of the last evaluation, by set: what the callbacks draw and print.
-        self.results: dict[str, dict[str, float]] = {}
+        #: What the last evaluation of every set has found: what the callbacks draw and print.
+        self.results: dict[str, EvaluationResult] = {}
         self._gradients_checked = False
         self._replaced: Tensor | int = 0  # rows that stood in for others so far; on the device until it is logged
 
@@ -95,6 +102,19 @@ class BaseTask(SmallCheckpoints, ABC):
         """Adds one evaluation batch to the metrics of its set."""
         raise NotImplementedError(f"{type(self).__name__} defines no update_metrics.")
 
+    def result_of(self, eval_set: str) -> EvaluationResult:
+        """The result of a set; an empty one, which is then kept, where it has not been evaluated."""
+        return self.results.setdefault(set_key(eval_set), EvaluationResult())
+
+    def complete_result(self, name: str, result: EvaluationResult, metrics: Mapping[str, Any]) -> None:
+        """Adds what a task finds of a set besides values.
+
+        Args:
+            name: ``set_key`` of the set.
+            result: Its values.
+            metrics: The metrics that gave them, reset already.
+        """
+
     @property
     def pretrained(self) -> bool:
         """False where evaluating without a checkpoint would evaluate random weights."""
@@ -116,12 +136,12 @@ class BaseTask(SmallCheckpoints, ABC):
             )
         # Frozen modules have constant buffers; leaving them out keeps evaluation steps free of collectives under DDP.
         trained = self._trained_buffers()
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name not in trained]
+        self._ddp_params_and_buffers_to_ignore = [n for n, b in self.named_buffers() if id(b) not in trained]
         if stage != "predict":
             verb = "test" if stage == "test" else "val"
             sets = getattr(getattr(trainer, "datamodule", None), "eval_sets", None)
             for name in ["eval"] if sets is None else sets.get(verb, []):
-                self.metrics[f"{verb}/{name}".replace(".", "_")] = nn.ModuleDict(self.build_metrics(name))
+                self.metrics[f"{verb}/{set_key(name)}"] = nn.ModuleDict(self.build_metrics(name))
 
     def on_fit_start(self) -> None:
         """Compares cached features with the encoder, whose weights are restored by now."""
@@ -189,7 +209,7 @@ class BaseTask(SmallCheckpoints, ABC):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: ImageTextBatch, stage: str) -> None:
-        metrics = self.metrics[f"{stage}/{batch.get('eval_set', 'eval')}".replace(".", "_")]
+        metrics = self.metrics[f"{stage}/{set_key(batch.get('eval_set', 'eval'))}"]
         self.update_metrics(cast(Any, metrics), batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -208,7 +228,10 @@ class BaseTask(SmallCheckpoints, ABC):
             for metric in cast(list[Metric], list(metrics.children())):
                 values.update(metric.compute())
                 metric.reset()
-            self.results[key.removeprefix(f"{stage}/")] = {k: float(v) for k, v in values.items()}
+            name = key.removeprefix(f"{stage}/")
+            result = EvaluationResult({k: float(v) for k, v in values.items()}, captions=self.result_of(name).captions)
+            self.complete_result(name, result, cast(Any, metrics))
+            self.results[name] = result
             # The metric has already been reduced over ranks.
             self.log_dict({f"{key}/{k}": v for k, v in values.items()}, batch_size=1)
 
@@ -241,7 +264,7 @@ class BaseTask(SmallCheckpoints, ABC):
 
     def configure_optimizers(self) -> Any:
         """The user's optimizer and schedule, or AdamW with ``WarmupCosine``."""
-        groups = parameter_groups(self.parameters())
+        groups = parameter_groups(plain_names(dict(self.named_parameters())).items(), self.learning_rates)
         if not groups:
             raise MisconfigurationException(f"{type(self).__name__}: nothing is trainable.")
         build: Callable[..., Optimizer] = self.optimizer or (lambda p: AdamW(p, lr=1e-4, weight_decay=0.01))

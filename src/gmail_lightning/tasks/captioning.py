@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,6 +22,7 @@ from gmail_lightning.models import Captioner, ImageEncoder, ModalityEncoder, Poo
 from gmail_lightning.models.branches.fingerprint import frozen_weights, weights_difference
 from gmail_lightning.tasks.accumulation import TokenMean
 from gmail_lightning.tasks.encoder_task import EncoderTask, reaching
+from gmail_lightning.tasks.results import EvaluationResult
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
 PREFIXES = {Modality.REAL: "", Modality.GENERATED: "generated_"}
@@ -57,6 +58,7 @@ class CaptioningTask(EncoderTask):
         optimizer: See ``BaseTask``.
         scheduler: See ``BaseTask``.
         warmup_steps: See ``BaseTask``.
+        learning_rates: See ``BaseTask``.
 
     Raises:
         ValueError: If a setting is out of its range or the captioner reads features of another width; or if
@@ -64,6 +66,7 @@ class CaptioningTask(EncoderTask):
     """
 
     uses_weights = True
+    writes_captions = True
     evaluation_only = frozenset(
         {"metrics", "num_beams", "max_new_tokens", "length_penalty", "min_unique_captions", "java_timeout"}
     )
@@ -83,8 +86,9 @@ class CaptioningTask(EncoderTask):
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
+        learning_rates: dict[str, float] | None = None,
     ) -> None:
-        super().__init__(encoder, optimizer, scheduler, warmup_steps)
+        super().__init__(encoder, optimizer, scheduler, warmup_steps, learning_rates=learning_rates)
         for name, value, least, most in (
             ("num_beams", num_beams, 1, math.inf),
             ("max_new_tokens", max_new_tokens, 1, math.inf),
@@ -107,12 +111,6 @@ class CaptioningTask(EncoderTask):
         self.num_beams, self.max_new_tokens, self.length_penalty = num_beams, max_new_tokens, length_penalty
         self._frozen: tuple[frozenset[str], dict[str, list[float]]] | None = None  # names, and what they hold
         self._accumulated = TokenMean()
-        #: Captions of the last evaluation batch, one per row: what the callbacks show.
-        self.captions: list[str] = []
-        #: By evaluation set, what could not be computed and why.
-        self.reasons: dict[str, dict[str, str]] = {}
-        #: By evaluation set, which PTB tokenizer split its captions: ``java``, ``python``, or each in one modality.
-        self.tokenizers: dict[str, str] = {}
 
     def _check(self, text_noise: float | None) -> None:
         name, encoder = type(self.captioner).__name__, type(self.encoder.plain).__name__
@@ -224,10 +222,10 @@ class CaptioningTask(EncoderTask):
 
     def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
         """Writes the captions of a batch and adds them to the scores of their modality."""
-        self.captions = self.write(batch)
+        captions = self.result_of(batch.get("eval_set", "eval")).captions = self.write(batch)
         for which in Modality:
             rows = (batch["modality"] == which).nonzero().flatten()
-            written = [self.captions[row] for row in rows.tolist()]
+            written = [captions[row] for row in rows.tolist()]
             references = [batch["references"][row] for row in rows.tolist()]
             name, ids = which.name.lower(), batch["row_id"][rows]
             if f"{name}_scores" in metrics:
@@ -243,25 +241,22 @@ class CaptioningTask(EncoderTask):
         """Captions of a batch: ``caption`` (B,), ``image_id`` (B,) and ``sample_key``."""
         return {"caption": self.write(batch), "image_id": batch["image_id"], "sample_key": batch["sample_key"]}
 
-    def _log_metrics(self, stage: str) -> None:
-        super()._log_metrics(stage)
-        for key, metrics in self.metrics.items():
-            if not key.startswith(f"{stage}/"):
-                continue
-            name, parts = key.removeprefix(f"{stage}/"), cast(Any, metrics)
-            scores = [part for part in parts.values() if isinstance(part, CocoCaptionScore)]
-            self.reasons[name] = {k: reason for score in scores for k, reason in score.reasons.items()}
-            if used := {score.tokenizer_used for score in scores if score.tokenizer_used}:
-                self.tokenizers[name] = " and ".join(sorted(used))
-            for which, prefix in PREFIXES.items():
-                unique = self.results[name].get(f"{prefix}unique_captions", 1.0)
-                if unique < self.min_unique_captions and not self.trainer.sanity_checking:
-                    rank_zero_warn(
-                        f"{name}: only {unique:.1%} of the captions of {which.name.lower()} images differ from one "
-                        f"another (min_unique_captions={self.min_unique_captions}), and they have "
-                        f"{self.results[name][f'{prefix}mean_length']:.1f} words on average. The captioner ignores its "
-                        "images: train longer, at another rate, or with a warm-up."
-                    )
+    def complete_result(self, name: str, result: EvaluationResult, metrics: Mapping[str, Any]) -> None:
+        """Adds what could not be computed and what split the captions; warns where they are too much alike."""
+        super().complete_result(name, result, metrics)
+        scores = [part for part in metrics.values() if isinstance(part, CocoCaptionScore)]
+        result.reasons = {k: reason for score in scores for k, reason in score.reasons.items()}
+        used = {score.tokenizer_used for score in scores if score.tokenizer_used}
+        result.tokenizer = " and ".join(sorted(used)) or None
+        for which, prefix in PREFIXES.items():
+            unique = result.values.get(f"{prefix}unique_captions", 1.0)
+            if unique < self.min_unique_captions and not self.trainer.sanity_checking:
+                rank_zero_warn(
+                    f"{name}: only {unique:.1%} of the captions of {which.name.lower()} images differ from one "
+                    f"another (min_unique_captions={self.min_unique_captions}), and they have "
+                    f"{result.values[f'{prefix}mean_length']:.1f} words on average. The captioner ignores its "
+                    "images: train longer, at another rate, or with a warm-up."
+                )
 
     def _frozen_captioner(self) -> dict[str, list[float]]:
         """What the captioner has frozen and the checkpoint leans on; computed once, it does not change."""

@@ -105,16 +105,16 @@ class SmallCheckpoints(LightningModule):
         """Keys of the state that a checkpoint holds."""
         with torch.enable_grad():  # a parametrization's tensor says whether it trains only here, not in an evaluation
             state = self.state_dict(keep_vars=True)
-        adapters, trained = adapter_ids(self), self._trained_buffers()
-        return {k for k, v in state.items() if v.requires_grad or id(v) in adapters or k in trained}
+        kept = adapter_ids(self) | self._trained_buffers()
+        return {k for k, v in state.items() if v.requires_grad or id(v) in kept}
 
-    def _trained_buffers(self) -> set[str]:
-        """Names of the buffers that stand beside trainable parameters, such as running means."""
+    def _trained_buffers(self) -> set[int]:
+        """Identities of the buffers that stand beside trainable parameters, such as running means."""
         return {
-            f"{prefix}{'.' if prefix else ''}{name}"
-            for prefix, module in self.named_modules()
+            id(buffer)
+            for module in self.modules()
             if any(p.requires_grad for p in module.parameters(recurse=False))
-            for name, _ in module.named_buffers(recurse=False)
+            for buffer in module.buffers(recurse=False)
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

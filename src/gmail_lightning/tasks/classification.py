@@ -22,6 +22,7 @@ from gmail_lightning.models import DualEncoder, ImageEncoder
 from gmail_lightning.models.chunks import in_chunks
 from gmail_lightning.tasks.encoder_task import EncoderTask, require_text
 from gmail_lightning.tasks.logit_scale import CAP, capped_scale, check_cap, hold_cap
+from gmail_lightning.tasks.results import EvaluationResult, set_key
 from gmail_lightning.transforms.text import fill, given_templates
 from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality
 
@@ -49,8 +50,6 @@ class ClassificationTask(EncoderTask):
     ) -> None:
         super().__init__(encoder, optimizer, scheduler, warmup_steps)
         self.eval_classes: dict[str, Classes] = {}  # by evaluation set
-        #: Accuracy of every class on real images, by evaluation set; None for a class without images.
-        self.class_accuracy: dict[str, dict[str, float | None]] = {}
 
     def setup(self, stage: str) -> None:
         """Forgets the classes of data that were evaluated before."""
@@ -88,25 +87,13 @@ class ClassificationTask(EncoderTask):
             rows = batch["modality"] == which
             metrics[which.name.lower()].update(scores[rows], batch["label"][rows])
 
-    def on_validation_epoch_end(self) -> None:
-        """Computes and logs the metrics of every set."""
-        super().on_validation_epoch_end()
-        self._keep_class_accuracy("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Computes and logs the metrics of every set."""
-        super().on_test_epoch_end()
-        self._keep_class_accuracy("test")
-
-    def _keep_class_accuracy(self, stage: str) -> None:
-        for name, classes in self.eval_classes.items():
-            key = f"{stage}/{name}".replace(".", "_")
-            if key in self.metrics and "accuracy" in self.results[key.removeprefix(f"{stage}/")]:
-                accuracy = cast(Any, self.metrics[key])["real"].per_class().tolist()
-                self.class_accuracy[name] = {
-                    one: None if math.isnan(value) else value
-                    for one, value in zip(distinct_names(classes.names), accuracy, strict=True)
-                }
+    def complete_result(self, name: str, result: EvaluationResult, metrics: Mapping[str, Any]) -> None:
+        """Adds the accuracy of every class on real images."""
+        super().complete_result(name, result, metrics)
+        classes = {set_key(eval_set): classes for eval_set, classes in self.eval_classes.items()}
+        if name in classes and "accuracy" in result.values:
+            accuracy = zip(distinct_names(classes[name].names), metrics["real"].per_class().tolist(), strict=True)
+            result.class_accuracy = {one: None if math.isnan(value) else value for one, value in accuracy}
 
 
 class ZeroShotClassificationTask(ClassificationTask):

@@ -51,6 +51,7 @@ class EncoderTask(BaseTask):
         scheduler: See ``BaseTask``.
         warmup_steps: See ``BaseTask``.
         allow_small_negatives: See ``BaseTask``.
+        learning_rates: See ``BaseTask``.
     """
 
     _base: tuple[frozenset[str], dict[str, Any]] | None = None  # what trained, and the fingerprint of the rest
@@ -62,8 +63,9 @@ class EncoderTask(BaseTask):
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
         allow_small_negatives: bool = False,
+        learning_rates: dict[str, float] | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup_steps, allow_small_negatives)
+        super().__init__(optimizer, scheduler, warmup_steps, allow_small_negatives, learning_rates)
         self.encoder = ModalityEncoder.around(encoder, self.route_plain)
         #: How images are looked at.
         self.reader: ImageReader = PooledFeatures()

@@ -42,6 +42,7 @@ class RetrievalTask(EncoderTask):
         scheduler: See ``BaseTask``.
         warmup_steps: See ``BaseTask``.
         allow_small_negatives: See ``BaseTask``.
+        learning_rates: See ``BaseTask``.
 
     Raises:
         ValueError: If the encoder has no text tower, or if a cap is not positive or meets an encoder with a logit bias.
@@ -59,8 +60,9 @@ class RetrievalTask(EncoderTask):
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
         allow_small_negatives: bool = False,
+        learning_rates: dict[str, float] | None = None,
     ) -> None:
-        super().__init__(encoder, optimizer, scheduler, warmup_steps, allow_small_negatives)
+        super().__init__(encoder, optimizer, scheduler, warmup_steps, allow_small_negatives, learning_rates)
         require_text(self.encoder, "RetrievalTask contrasts images and captions")
         check_cap(self.encoder, max_logit_scale)
         self.max_logit_scale, self.image_weight = max_logit_scale, image_weight

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +19,10 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from gmail_lightning.distributed import on_first_rank
-from gmail_lightning.losses.diffusion import PredictionType, denoising_loss, min_snr_weight
-from gmail_lightning.models.diffusion import DiffusersGenerator
+from gmail_lightning.losses.diffusion import PredictionType
+from gmail_lightning.models.generators.averaging import WeightAverage
+from gmail_lightning.models.generators.diffusion import DiffusersGenerator
+from gmail_lightning.models.generators.objective import DenoisingObjective, drop_prompts
 from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
@@ -40,12 +42,13 @@ class TextToImageTask(BaseTask):
             written to the scheduler's configuration, and needs training from scratch or a long fine-tuning.
         min_snr_gamma: Cap of the signal-to-noise weights (arXiv 2303.09556); None weighs all timesteps alike.
         prompt_dropout: Share of rows that see the empty prompt, which guidance needs.
-        ema_decay: Of the average of the trained weights (with diffusers' warm-up); None keeps none.
+        ema_decay: Of the average of the trained weights (``WeightAverage``); None keeps none.
         lora_rank: Rank of adapters on the attention of the UNet (PEFT); None trains all of it.
         train_text_encoder: Train the text encoder too.
         optimizer: See ``BaseTask``.
         scheduler: See ``BaseTask``.
         warmup_steps: See ``BaseTask``.
+        learning_rates: See ``BaseTask``: ``{generator.parts.text_encoder: 1.0e-6}`` where that trains too.
 
     Raises:
         ValueError: If the pipeline has no UNet, or more than one text encoder.
@@ -65,11 +68,9 @@ class TextToImageTask(BaseTask):
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
+        learning_rates: dict[str, float] | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler, warmup_steps)
-        from diffusers import DDPMScheduler
-        from diffusers.training_utils import EMAModel
-
+        super().__init__(optimizer, scheduler, warmup_steps, learning_rates=learning_rates)
         unet = generator.part("unet", "TextToImageTask trains")
         if generator.dtype != "float32":
             raise ValueError(
@@ -81,23 +82,12 @@ class TextToImageTask(BaseTask):
                 f"{type(generator.pipeline).__name__} has several text encoders; TextToImageTask trains pipelines with "
                 "one: Stable Diffusion 1.x and 2.x, and IF."
             )
-        if prediction_type is not None:
-            generator.pipeline.scheduler.register_to_config(prediction_type=prediction_type)
-        self.noise_schedule = DDPMScheduler.from_config(generator.pipeline.scheduler.config)
-        self.prediction_type = cast(PredictionType, self.noise_schedule.config.prediction_type)
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction_type {self.prediction_type!r}: use 'epsilon' or 'v_prediction'.")
-        if self.prediction_type == "epsilon" and self.noise_schedule.alphas_cumprod[-1] == 0:
-            raise ValueError(
-                "The schedule ends without signal (rescale_betas_zero_snr), where predicting the noise is trivial: set "
-                "prediction_type='v_prediction'."
-            )
-        self.generator, self.min_snr_gamma, self.prompt_dropout = generator, min_snr_gamma, prompt_dropout
+        self.generator, self.prompt_dropout = generator, prompt_dropout
+        self.objective = DenoisingObjective(generator, prediction_type, min_snr_gamma)
         text_encoder = generator.part("text_encoder")
         self._select_trainable(lora_rank, train_text_encoder)
-        self._averaged = [p for module in (unet, text_encoder) for p in module.parameters() if p.requires_grad]
-        self.ema_decay = ema_decay
-        self.ema = EMAModel(self._averaged, decay=ema_decay, use_ema_warmup=True, power=0.75) if ema_decay else None
+        trained = [p for module in (unet, text_encoder) for p in module.parameters() if p.requires_grad]
+        self.average = None if ema_decay is None else WeightAverage(trained, ema_decay)
         encode = generator.text_spec.encode
         self.register_buffer("empty_text", encode([""]), persistent=False)
         self._evaluation = ExitStack()
@@ -132,33 +122,11 @@ class TextToImageTask(BaseTask):
 
     def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
         """The weighted denoising loss."""
-        noise = torch.Generator().manual_seed(self._draw())
-        text = batch["text"]
-        dropped = torch.rand(len(text), generator=noise).to(text.device) < self.prompt_dropout
-        text = torch.where(dropped[:, None], self.get_buffer("empty_text"), text)
-        clean = self.generator.encode_pixels(batch["image"], noise)
-        drawn = torch.randn(clean.shape, generator=noise).to(clean)
-        steps = self.noise_schedule.config.num_train_timesteps
-        timestep = torch.randint(steps, (len(clean),), generator=noise).to(clean.device)
-        weight = None
-        if self.min_snr_gamma is not None:
-            weight = min_snr_weight(self._snr(timestep), self.min_snr_gamma, self.prediction_type)
-        if "weight" in batch:
-            weight = batch["weight"] if weight is None else weight * batch["weight"]
-        return {"loss": denoising_loss(*self._denoise(clean, drawn, timestep, text), weight)}
-
-    def _denoise(self, clean: Tensor, noise: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Prediction and target, shapes as ``clean``."""
-        noisy = self.noise_schedule.add_noise(clean, noise, timestep)
-        if self.prediction_type == "epsilon":
-            target = noise
-        else:
-            target = self.noise_schedule.get_velocity(clean, noise, timestep)
-        return self.generator.denoise(noisy, timestep, self.generator.encode_text(text)), target
-
-    def _snr(self, timestep: Tensor) -> Tensor:
-        alpha = self.noise_schedule.alphas_cumprod.to(timestep.device)[timestep]
-        return cast(Tensor, alpha / (1 - alpha))
+        draws = torch.Generator().manual_seed(self._draw())
+        text = drop_prompts(batch["text"], self.get_buffer("empty_text"), self.prompt_dropout, draws)
+        noised = self.objective.draw(self.generator.encode_pixels(batch["image"], draws), draws)
+        prediction = self.objective.denoise(noised, self.generator.encode_text(text)).prediction
+        return {"loss": self.objective.loss(prediction, noised, batch.get("weight"))}
 
     def _draw(self) -> int:
         """Seed of the noise of one batch; the same for a resumed run, another on every rank."""
@@ -169,14 +137,14 @@ class TextToImageTask(BaseTask):
     def on_fit_start(self) -> None:
         """Brings the average to the device of the weights."""
         super().on_fit_start()
-        if self.ema is not None:
-            self.ema.to(self.device)
+        if self.average is not None:
+            self.average.to(self.device)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Updates the average too, before any callback writes a checkpoint."""
         super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:
-            self.ema.step(self._averaged)
+        if self.average is not None:
+            self.average.update()
 
     def on_train_end(self) -> None:
         """Writes the pipeline."""
@@ -186,18 +154,9 @@ class TextToImageTask(BaseTask):
 
     # Evaluation
 
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def averaged_weights(self) -> AbstractContextManager[None]:
         """Within it, the networks hold the averaged weights."""
-        if self.ema is None or self.ema.optimization_step == 0:  # nothing has been averaged
-            yield
-            return
-        self.ema.store(self._averaged)
-        self.ema.copy_to(self._averaged)
-        try:
-            yield
-        finally:
-            self.ema.restore(self._averaged)
+        return nullcontext() if self.average is None else self.average.swapped_in()
 
     def on_validation_epoch_start(self) -> None:
         """Evaluates the averaged weights."""
@@ -226,11 +185,12 @@ class TextToImageTask(BaseTask):
         clean = self.generator.encode_pixels(batch["image"])
         draws = [torch.Generator().manual_seed(row) for row in batch["row_id"].tolist()]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws]).to(clean)
-        steps = self.noise_schedule.config.num_train_timesteps
-        timestep = torch.cat([torch.randint(steps, (1,), generator=draw) for draw in draws]).to(clean.device)
+        steps = len(self.objective.alphas_cumprod)
+        timestep = torch.cat([torch.randint(steps, (1,), generator=draw) for draw in draws])
         first = torch.searchsorted(batch["text_row"], torch.arange(len(clean), device=clean.device))
-        prediction, target = self._denoise(clean, noise, timestep, batch["text"][first])
-        metrics["denoising"].update((prediction.float() - target).square().flatten(1).mean(dim=1))
+        noised = self.objective.noised(clean, noise, timestep)
+        prediction = self.objective.denoise(noised, self.generator.encode_text(batch["text"][first])).prediction
+        metrics["denoising"].update((prediction.float() - noised.target).square().flatten(1).mean(dim=1))
 
     def predict_step(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Images are made by another task, out of prompts.
@@ -264,8 +224,8 @@ class TextToImageTask(BaseTask):
         super().on_save_checkpoint(checkpoint)
         described = self.generator.describe()
         checkpoint["pipeline"] = {key: described[key] for key in ("generator", "revision")}
-        if self.ema is not None:
-            checkpoint["ema"] = self.ema.state_dict()
+        if self.average is not None:
+            checkpoint["ema"] = self.average.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that leans on another pipeline, and restores the average.
@@ -280,7 +240,5 @@ class TextToImageTask(BaseTask):
                 f"The checkpoint was trained on {recorded.get('generator')} at {recorded.get('revision')}, but the "
                 f"generator is {described['generator']} at {described['revision']}. Give the pipeline it started from."
             )
-        if self.ema is not None and "ema" in checkpoint:
-            self.ema.load_state_dict(checkpoint["ema"])
-            self.ema.decay = cast(float, self.ema_decay)  # the user's value, not the file's
-            self.ema.to(self.device)
+        if self.average is not None and "ema" in checkpoint:
+            self.average.load_state_dict(checkpoint["ema"])

@@ -49,6 +49,10 @@ class WrappedEncoder(DualEncoder):
         """As the plain encoder's."""
         return self.encoder.encode_text(text)
 
+    def text_tokens(self, text: Tensor) -> Tensor:
+        """As the plain encoder's; a projection of the text side acts in the joint space and so takes no part."""
+        return cast(DualEncoder, self.encoder).text_tokens(text)
+
     def text_parameters(self) -> Iterator[nn.Parameter]:
         """As the plain encoder's."""
         return self.encoder.text_parameters()

@@ -113,14 +113,17 @@ class HFCLIPEncoder(DualEncoder):
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Maps token ids of shape (B, L) to unnormalised features of shape (B, D)."""
-        if text.ndim != 2 or text.shape[1] != self.text_spec.context_length:
-            raise ValueError(
-                f"Token ids of shape {tuple(text.shape)}, but this text tower has context length "
-                f"{self.text_spec.context_length}: tokenise with the encoder's own text_spec."
-            )
+        self.check_token_ids(text)
         if not len(text):
             return text.new_zeros(0, self.embed_dim).float()  # towers cannot reshape what is empty
         return cast(Tensor, cast(Any, self.model).get_text_features(input_ids=text).pooler_output)
+
+    def text_tokens(self, text: Tensor) -> Tensor:
+        """Maps token ids of shape (B, L) to the hidden states behind the final norm, shape (B, L, W)."""
+        self.check_token_ids(text)
+        if not len(text):
+            return text.new_zeros(0, text.shape[1], self.config.text_config.hidden_size).float()
+        return cast(Tensor, cast(Any, self.model).text_model(input_ids=text).last_hidden_state)
 
     def text_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters but those of the vision model and its projection."""

@@ -160,14 +160,27 @@ class OpenCLIPEncoder(DualEncoder):
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Maps token ids of shape (B, L) to unnormalised features of shape (B, D)."""
-        if text.ndim != 2 or text.shape[1] != self.text_spec.context_length:
-            raise ValueError(
-                f"Token ids of shape {tuple(text.shape)}, but this text tower has context length "
-                f"{self.text_spec.context_length}: tokenise with the encoder's own text_spec."
-            )
+        self.check_token_ids(text)
         if not len(text):
             return text.new_zeros(0, self.embed_dim).float()  # towers cannot reshape what is empty
         return cast(Tensor, cast(Any, self.model).encode_text(text))
+
+    def text_tokens(self, text: Tensor) -> Tensor:
+        """Maps token ids of shape (B, L) to the hidden states behind the final norm, shape (B, L, W).
+
+        Raises:
+            NotImplementedError: If the text tower is none of open_clip's own.
+        """
+        self.check_token_ids(text)
+        tower = getattr(self.model, "text", self.model)
+        if not hasattr(tower, "forward_intermediates"):
+            raise NotImplementedError(f"text_tokens needs a text tower of open_clip's own, not {type(tower).__name__}.")
+        if not len(text):
+            return text.new_zeros(0, text.shape[1], cast(Any, tower).positional_embedding.shape[1]).float()
+        output = cast(Any, self.model).forward_intermediates(
+            text=text, text_indices=1, normalize_intermediates=True, intermediates_only=True
+        )
+        return cast(Tensor, output["text_intermediates"][-1])
 
     def text_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters but those of ``visual``."""

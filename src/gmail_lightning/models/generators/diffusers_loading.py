@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 #: The small pipeline that ships with the package.
-EMOJI = Path(__file__).parent / "emoji_diffusion"
+EMOJI = Path(__file__).parents[1] / "emoji_diffusion"
 
 
 def find_pipeline(pretrained: str, revision: str | None, variant: str | None) -> Path:

@@ -13,35 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import GeneratedImages, ImageGenerator
-from gmail_lightning.models.diffusers_loading import (
+from gmail_lightning.models.generators.diffusers_loading import (
     build_scheduler,
     find_pipeline,
     load_pipeline,
     refuse_settings,
     revision_of,
 )
+from gmail_lightning.models.generators.prompt_ids import Tokenize, tokenizers_of
 from gmail_lightning.types import ImageSpec, TextSpec
 
 
-class Tokenize:
-    """Texts to token ids as a pipeline feeds them to its text encoder; picklable.
-
-    Args:
-        tokenizer: Of transformers.
-        context_length: Number of ids per text.
-        lower: Whether the pipeline brings texts to lower case first.
-    """
-
-    def __init__(self, tokenizer: Any, context_length: int, lower: bool = False) -> None:
-        self.tokenizer, self.context_length, self.lower = tokenizer, context_length, lower
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        """Maps n texts to ids of shape (n, context_length), padded and truncated."""
-        texts = [text.lower().strip() for text in texts] if self.lower else texts
-        ids = self.tokenizer(
-            texts, padding="max_length", max_length=self.context_length, truncation=True, return_tensors="pt"
-        ).input_ids
-        return cast(Tensor, ids)
+def sent_to(device: torch.device, drawn: Tensor) -> Tensor:
+    """A tensor of the CPU on the device; the host does not wait for the copy."""
+    return (drawn.pin_memory() if device.type == "cuda" and not drawn.is_cuda else drawn).to(device, non_blocking=True)
 
 
 class DiffusersGenerator(ImageGenerator):
@@ -198,17 +183,7 @@ class DiffusersGenerator(ImageGenerator):
 
     @cached_property
     def _tokenizers(self) -> list[tuple[Any, int]]:
-        """Every tokenizer of the pipeline with the number of ids that its encoder reads."""
-        accepted = inspect.signature(self._pipeline.__call__).parameters
-        default = accepted["max_sequence_length"].default if "max_sequence_length" in accepted else 77
-        found = []
-        for name, tokenizer in self._pipeline.components.items():
-            if not name.startswith("tokenizer") or tokenizer is None:
-                continue
-            is_clip = "CLIP" in type(self._pipeline.components[name.replace("tokenizer", "text_encoder")]).__name__
-            limit = tokenizer.model_max_length if is_clip else self.options.get("max_sequence_length", default)
-            found.append((tokenizer, min(limit, tokenizer.model_max_length)))
-        return found
+        return tokenizers_of(self._pipeline, self.options)
 
     @cached_property
     def _revision(self) -> str:
@@ -286,8 +261,24 @@ class DiffusersGenerator(ImageGenerator):
                 posterior = encoded.latent_dist
                 latents = posterior.mode()
                 if noise is not None:
-                    latents = latents + posterior.std * torch.randn(latents.shape, generator=noise).to(latents)
+                    drawn = torch.randn(latents.shape, generator=noise).to(latents.dtype)
+                    latents = latents + posterior.std * sent_to(latents.device, drawn)
         return cast(Tensor, latents.float() * vae.config.scaling_factor)
+
+    def decode_pixels(self, clean: Tensor) -> Tensor:
+        """Maps what is denoised back to pixels, with gradients: the inverse of ``encode_pixels``.
+
+        Args:
+            clean: Latents (B, C, h, w), or pixels in [-1, 1].
+
+        Returns:
+            Shape (B, 3, H, W); in [0, 1] but for what the denoiser or the VAE overshoots, as clamping would stop the
+            gradient there.
+        """
+        if self.in_latent_space:
+            vae = self.part("vae")
+            clean = vae.decode(clean.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return (clean + 1) / 2
 
     def denoise(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         """The prediction of the UNet, shape as ``noisy``; further channels (a variance) are left out."""

@@ -1,0 +1,100 @@
+"""The average of the weights over the steps of a training, which diffusion models are evaluated and shared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Exponent of the warm-up; 3/4 is meant for trainings of less than a million steps.
+POWER = 0.75
+#: What diffusers' ``EMAModel`` could have set otherwise; it stands in the state for those who read it there.
+FIXED = {"min_decay": 0.0, "update_after_step": 0, "use_ema_warmup": True, "inv_gamma": 1.0, "power": POWER}
+
+
+class WeightAverage:
+    """Exponential moving average of parameters, with the warm-up of diffusers' ``EMAModel``, and the same numbers.
+
+    After step n the average keeps ``min(decay, 1 - n ** -0.75)`` of itself, so that the first step takes the weights as
+    they are, and an average over few steps forgets where they began.
+
+    Args:
+        parameters: What is averaged, always in this order.
+        decay: Share that the average keeps of itself at a step, once warm.
+
+    Raises:
+        ValueError: If ``decay`` is no share.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float = 0.9999) -> None:
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay={decay} is a share from 0 to 1.")
+        self.parameters, self.decay = list(parameters), decay
+        self.average = [p.detach().clone() for p in self.parameters]
+        #: Steps that have been averaged.
+        self.steps = 0
+
+    def kept(self) -> float:
+        """Share that the average keeps of itself at the step that has just been counted."""
+        warm: float = 1 - float(max(1, self.steps)) ** -POWER
+        return min(self.decay, warm)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the weights after a step of the optimizer."""
+        self.steps += 1
+        weights: list[Tensor] = [p.detach() for p in self.parameters]
+        change = torch._foreach_sub(self.average, weights)
+        torch._foreach_mul_(change, 1 - self.kept())
+        torch._foreach_sub_(self.average, change)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within it, the parameters hold their average; before the first step they stay as they are."""
+        if not self.steps:
+            yield
+            return
+        trained = [p.detach().clone() for p in self.parameters]
+        self._fill(self.average)
+        try:
+            yield
+        finally:
+            self._fill(trained)
+
+    @torch.no_grad()
+    def _fill(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(
+            [p.detach() for p in self.parameters],
+            [value.to(p.device) for value, p in zip(values, self.parameters, strict=True)],
+        )
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the average, which ``update`` needs on the device of the parameters."""
+        self.average = [value.to(device) for value in self.average]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average and its steps, with the keys of ``EMAModel.state_dict()``; the tensors themselves, no copies."""
+        return {"decay": self.decay, "optimization_step": self.steps, **FIXED, "shadow_params": self.average}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Reads what ``state_dict``, or that of diffusers' ``EMAModel``, gave; ``decay`` stays what it is here.
+
+        Raises:
+            ValueError: If the average is of other parameters, or was made with another warm-up.
+        """
+        other = {key: state[key] for key, value in FIXED.items() if state.get(key, value) != value}
+        if other:
+            raise ValueError(f"The stored average was made with {other}; this one has {FIXED}. Start a new average.")
+        stored = state["shadow_params"]
+        there, here = [tuple(value.shape) for value in stored], [tuple(value.shape) for value in self.average]
+        if there != here:
+            raise ValueError(
+                f"The stored average has {len(there)} tensors, this one {len(here)}, and not of the same shapes. Train "
+                "the same parts of the model, with the same rank of adapters."
+            )
+        for value, kept in zip(stored, self.average, strict=True):
+            kept.copy_(value)
+        self.steps = int(state["optimization_step"])
