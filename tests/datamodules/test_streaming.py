@@ -189,14 +189,14 @@ def test_what_may_not_train_is_left_out_or_refused(tmp_path: Path) -> None:
 def test_shards_must_suffice(tmp_path: Path) -> None:
     urls = shards(tmp_path, 5)
     made = module(urls, num_workers=3)
-    made._replicas = lambda: (2, 1)  # type: ignore[method-assign]
+    made.replicas = lambda: (2, 1)  # type: ignore[method-assign]
     with pytest.raises(
         MisconfigurationException, match=r"5 shards for 2 devices x 3 workers: .* set num_workers to at most 2"
     ):
         made.train_dataloader()
     made.num_workers = 2
     assert len(made.train_dataloader()) == 3
-    made._replicas = lambda: (6, 1)  # type: ignore[method-assign]
+    made.replicas = lambda: (6, 1)  # type: ignore[method-assign]
     with pytest.raises(MisconfigurationException, match=r"use at most 5 devices"):
         made.train_dataloader()
 
