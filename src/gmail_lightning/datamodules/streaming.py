@@ -17,7 +17,7 @@ from gmail_lightning.datamodules.stream_rows import StreamRows
 from gmail_lightning.datamodules.training import as_module, refuse_no_share, seed_or_default, tell_broken
 from gmail_lightning.datasets.base import DataError, ImageTextDataset, ModalityName
 from gmail_lightning.datasets.shards import MANIFEST, PLAN
-from gmail_lightning.datasets.tar_files import expand_path, is_remote
+from gmail_lightning.datasets.tars.files import expand_path, is_remote
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
 
