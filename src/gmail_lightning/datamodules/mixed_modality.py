@@ -57,7 +57,8 @@ class MixedModalityDataModule(ImageTextDataModule):
         generated_fraction: Share of generated rows in each batch of a ``mixture``; pairs are always half and half.
         augmentation: Applied to training images, float (3, h, w) in [0, 1] after the resize; several in a row as
             ``torch.nn.Sequential``, or in YAML as a list. The two images of a pair get the same random draw, so that
-            they still show the same thing.
+            they still show the same thing. Where a task asks for several views of a picture, the decoded picture is
+            augmented, once, before it is resized to each.
         generated_augmentation: Applied to generated images after it.
         eval_batch_size: Images per device in evaluation and prediction; by default ``batch_size``.
         num_workers: Worker processes of each loader.

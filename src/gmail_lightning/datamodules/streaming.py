@@ -56,7 +56,7 @@ class StreamingDataModule(ImageTextDataModule):
         predict: Data sets for ``predict``.
         source: Name of the generator.
         shuffle: Samples held by each worker to draw from; 0 keeps the order of the shards.
-        augmentation: Applied to training images, float (3, h, w) in [0, 1] after the resize.
+        augmentation: Applied to training images, float (3, h, w) in [0, 1], as by ``MixedModalityDataModule``.
         eval_batch_size: Images per device in evaluation and prediction; by default ``batch_size``.
         num_workers: Worker processes of each loader; each needs a shard of its own.
         max_replaced_fraction: Training stops once more than this share of an epoch's samples were broken. Below 1, a
