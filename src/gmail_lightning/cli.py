@@ -29,7 +29,7 @@ from gmail_lightning.callbacks import (
     SparseProgress,
 )
 from gmail_lightning.callbacks.generation_plan import Mode
-from gmail_lightning.datamodules import MixedModalityDataModule
+from gmail_lightning.datamodules import ImageTextDataModule
 from gmail_lightning.datasets import DataError
 from gmail_lightning.distributed import decided_once
 from gmail_lightning.hints import EPILOG, as_json, hint, import_class
@@ -285,7 +285,7 @@ def _read_checkpoint(path: str | None) -> dict[str, Any] | None:
 def _drop_unread_data(config: Any, verb: str) -> None:
     """Empties what holds data sets that another verb reads, so that they are not built; the names of sets stay."""
     kind, settings = import_class(config.data.class_path), config.data.get("init_args")
-    if kind is None or not issubclass(kind, MixedModalityDataModule) or settings is None:
+    if kind is None or not issubclass(kind, ImageTextDataModule) or settings is None:
         return
     for name in kind.unread(verb, {name for name, value in settings.items() if value is not None}):
         sets = settings.get(name)

@@ -105,7 +105,7 @@ def _disk() -> str:
 def _embedded() -> str:
     here = Path(__file__).parent
     found = {
-        "emoji images": (here / "datasets/emoji_pack/concepts.parquet").exists(),
+        "emoji images": (here / "datasets/emoji/concepts.parquet").exists(),
         "emoji CLIP": (here / "models/emoji_clip/open_clip_model.safetensors").exists(),
     }
     return "embedded: " + ", ".join(f"{name} {'present' if there else 'MISSING'}" for name, there in found.items())

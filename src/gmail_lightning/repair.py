@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.shards import MANIFEST, ROW_GROUP, temporary
-from gmail_lightning.datasets.tar_shards import TarShards
+from gmail_lightning.datasets.tars.dataset import TarShards
 from gmail_lightning.metrics.repair import TIE, rank_images
 from gmail_lightning.models.base import DualEncoder
 from gmail_lightning.transforms.image import resize

@@ -54,10 +54,35 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a task needs of a batch. ``image=None`` loads no pixels; every name in ``texts`` becomes a tensor."""
+    """What a task needs of a batch.
+
+    Attributes:
+        image: The view called ``image``; given alone, it is short for ``images={"image": ...}``. None: there is none.
+        texts: By name in the batch; every one becomes a tensor.
+        images: By name in the batch: views of one picture, under one random draw. Without any, no pixels are loaded.
+
+    Raises:
+        ValueError: If ``image`` and ``images`` disagree, or a name stands for an image and for a text.
+
+    Example:
+        >>> InputSpec(ImageSpec((224, 224))) == InputSpec(images={"image": ImageSpec((224, 224))})
+        True
+    """
 
     image: ImageSpec | None = None
     texts: dict[str, TextSpec] = field(default_factory=dict)
+    images: dict[str, ImageSpec] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.image is None:
+            object.__setattr__(self, "image", self.images.get("image"))
+        elif not self.images:
+            object.__setattr__(self, "images", {"image": self.image})
+        elif self.images.get("image") != self.image:
+            raise ValueError("image is short for images={'image': ...}: give one of them, or both alike.")
+        twice = sorted(self.images.keys() & self.texts.keys())
+        if twice:
+            raise ValueError(f"{', '.join(twice)}: one key of the batch cannot hold an image and a text. Rename one.")
 
 
 class ImageTextSample(TypedDict):
@@ -84,12 +109,14 @@ class ModalityRows(TypedDict, total=False):
 
 
 class ImageTextBatch(ModalityRows, total=False):
-    """B rows, collated. A row has pixels or cached features; in the common case I = B and ``image_row`` counts up."""
+    """B rows, collated. A row has pixels, cached features or token ids; in the common case all have pixels, I = B."""
 
-    image: Tensor  # (I, 3, H, W) float in [0, 1]; absent where no row has pixels
-    image_row: Tensor  # (I,) int64, the row of each image
+    image: Tensor  # (I, 3, H, W) float in [0, 1]; absent where no row has pixels. Further views under their own names
+    image_row: Tensor  # (I,) int64, the row of each image, ascending; of every view
     image_features: Tensor  # (F, D), or (F, T, W) of patch tokens, in the cache's dtype; absent where no row has them
     feature_row: Tensor  # (F,) int64, the row of each
+    image_token_ids: Tensor  # (K, T) int64, codes of an image tokenizer; absent where no row has them
+    token_row: Tensor  # (K,) int64, the row of each
     text: Tensor  # (T, L) int64; one per row in training, all captions of an image in evaluation
     text_row: Tensor  # (T,) int64, the row of each text
     long_text: Tensor  # as text, where a task reads long captions
@@ -133,7 +160,7 @@ def modality_rows(batch: Mapping[str, Any]) -> ModalityRows:
     real, generated = _rows_of_each(modality)
     rows = ModalityRows(real_row=real, generated_row=generated)
     if "image" in batch or "image_row" in batch:
-        of_images = modality[batch["image_row"]] if "image_row" in batch else modality
+        of_images = modality[batch["image_row"]] if "image_row" in batch else modality  # one by hand may leave it out
         rows["image_real_row"], rows["image_generated_row"] = _rows_of_each(of_images)
     rows["paired"] = (
         pair_id is not None and bool((pair_id >= 0).all()) and torch.equal(pair_id[generated], pair_id[real])

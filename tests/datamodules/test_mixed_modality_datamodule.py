@@ -203,7 +203,7 @@ def test_state_of_one_rank_serves_two(tmp_path: Path) -> None:
     keys: list[str] = []
     for rank in range(2):
         module = datamodule(batch_size=4, input_spec=SPEC)
-        module._replicas = lambda rank=rank: (2, rank)  # type: ignore[method-assign]
+        module.replicas = lambda rank=rank: (2, rank)  # type: ignore[method-assign]
         module.setup("fit")
         module.load_state_dict({"epoch": 0, "step": 2, "global_batch_size": 8, "replaced": 0})
         batches = list(module.train_dataloader())
@@ -371,7 +371,7 @@ def test_evaluation_ranks_share_the_pictures_without_repetition(world: int) -> N
     keys: list[str] = []
     for rank in range(world):
         module = datamodule(input_spec=SPEC, test={"a": pairs(5)}, predict=pairs(4))
-        module._replicas = lambda rank=rank: (world, rank)  # type: ignore[method-assign]
+        module.replicas = lambda rank=rank: (world, rank)  # type: ignore[method-assign]
         module.setup("test")
         (loader,) = module.test_dataloader()
         keys += [key for batch in loader for key in batch["sample_key"]]

@@ -11,11 +11,10 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from gmail_lightning.datamodules import overlap
-from gmail_lightning.datamodules.leakage import AllowedOverlap
 from gmail_lightning.datamodules.prompt_table import PromptTable
 from gmail_lightning.datamodules.prompts import PromptDataModule
 from gmail_lightning.datasets import CocoCaptions, DataError, EmojiDataset
+from gmail_lightning.leakage import AllowedOverlap, overlap
 from gmail_lightning.transforms.image_hash import perceptual_hash
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))

@@ -15,10 +15,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from recorder import SPEC, Recorder, encode, trainer
 from tar_fixtures import picture, sample, store_row, write_store, write_tar
+from torchvision.transforms import v2
 
 from gmail_lightning.datamodules import StreamingDataModule
 from gmail_lightning.datamodules.stream_rows import MAX_BROKEN, StreamRows
 from gmail_lightning.datasets import DataError, TarShards
+from gmail_lightning.transforms import resize
+from gmail_lightning.types import ImageSpec, InputSpec
 
 PER_SHARD = 5
 
@@ -64,6 +67,22 @@ def test_rows_are_those_of_the_shards(tmp_path: Path) -> None:
     table = TarShards(tmp_path, modality="generated")
     known = {table.sample_key(i): int(table.image_id[i]) for i in range(len(table))}
     assert all(batch["image_id"].tolist() == [known[key] for key in batch["sample_key"]] for batch in batches)
+
+
+def test_views_of_a_sample_share_one_draw(tmp_path: Path) -> None:
+    views = {"image": ImageSpec((6, 6)), "large": ImageSpec((9, 12), "squash")}
+    flip = v2.RandomHorizontalFlip()
+    made = module(shards(tmp_path, 4), input_spec=InputSpec(images=views), augmentation=flip)
+    flipped = set()
+    for batch in made.train_dataloader():
+        assert batch["image_row"].tolist() == [0, 1, 2, 3]
+        for row, key in enumerate(batch["sample_key"]):
+            drawn = torch.from_numpy(picture(int(key[1:]))).permute(2, 0, 1)
+            either = [torch.equal(batch["image"][row], resize(one, views["image"])) for one in (drawn, drawn.flip(2))]
+            which = (drawn, drawn.flip(2))[either.index(True)]
+            assert torch.equal(batch["large"][row], resize(which, views["large"]))
+            flipped.add(either.index(True))
+    assert flipped == {0, 1}
 
 
 def test_ranks_and_workers_share_a_pass_without_overlap(tmp_path: Path) -> None:
@@ -170,14 +189,14 @@ def test_what_may_not_train_is_left_out_or_refused(tmp_path: Path) -> None:
 def test_shards_must_suffice(tmp_path: Path) -> None:
     urls = shards(tmp_path, 5)
     made = module(urls, num_workers=3)
-    made._replicas = lambda: (2, 1)  # type: ignore[method-assign]
+    made.replicas = lambda: (2, 1)  # type: ignore[method-assign]
     with pytest.raises(
         MisconfigurationException, match=r"5 shards for 2 devices x 3 workers: .* set num_workers to at most 2"
     ):
         made.train_dataloader()
     made.num_workers = 2
     assert len(made.train_dataloader()) == 3
-    made._replicas = lambda: (6, 1)  # type: ignore[method-assign]
+    made.replicas = lambda: (6, 1)  # type: ignore[method-assign]
     with pytest.raises(MisconfigurationException, match=r"use at most 5 devices"):
         made.train_dataloader()
 

@@ -14,7 +14,7 @@ from PIL import Image
 from gmail_lightning.datasets import EmojiDataset
 from gmail_lightning.datasets.emoji import HANDS
 
-PACK = resources.files("gmail_lightning.datasets.emoji_pack")
+PACK = resources.files("gmail_lightning.datasets.emoji")
 
 
 def read(name: str) -> list[dict[str, object]]:

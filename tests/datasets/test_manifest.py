@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from gmail_lightning.datasets import DataError, ImageDecodeError, ManifestDataset
-from gmail_lightning.datasets import columns as columns_module
+from gmail_lightning.datasets.tables import columns as columns_module
 
 KINDS = ("jsonl", "csv", "tsv", "parquet")
 ROWS: list[dict[str, Any]] = [

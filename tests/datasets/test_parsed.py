@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gmail_lightning.datasets import CocoCaptions, Flickr30k, ManifestDataset, ShareGPT4V, parsed
+from gmail_lightning.datasets import CocoCaptions, Flickr30k, ManifestDataset, ShareGPT4V
 from gmail_lightning.datasets.base import DataError
+from gmail_lightning.datasets.tables import parsed
 
 
 def karpathy(path: Path, caption: str = "a cat") -> Path:
@@ -91,7 +92,7 @@ def test_data_sets_of_one_manifest_share_its_rows(tmp_path: Path, monkeypatch: p
     path = tmp_path / "rows.csv"
     path.write_text("image,caption\n1.jpg,a cat\n", encoding="utf-8")
     first = ManifestDataset(path, modality="real")
-    monkeypatch.setattr("gmail_lightning.datasets.columns.csv_records", None)  # not read again
+    monkeypatch.setattr("gmail_lightning.datasets.tables.columns.csv_records", None)  # not read again
     assert ManifestDataset(path, modality="generated").captions(0) == first.captions(0)
     monkeypatch.undo()
     path.write_text("image,caption\n1.jpg,one dog\n", encoding="utf-8")

@@ -12,7 +12,7 @@ import pytest
 from gmail_lightning.datasets import shards as shards_module
 from gmail_lightning.datasets.shard_writer import ShardFile
 from gmail_lightning.datasets.shards import EMPTY, SCHEMA, Plan, ShardStore, temporary
-from gmail_lightning.datasets.tar_index import tar_index
+from gmail_lightning.datasets.tars.index import tar_index
 
 
 def large(*keys: str) -> pa.Array:

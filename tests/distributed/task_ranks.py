@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 from gmail_lightning.callbacks import FeatureWriter, LastCheckpoint
-from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule, leakage
+from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset
 from gmail_lightning.distributed import on_first_rank
+from gmail_lightning.leakage import check
 from gmail_lightning.metrics import (
     CaptionStatistics,
     CocoCaptionScore,
@@ -247,12 +248,12 @@ def shared_faults(trainer: pl.Trainer, folder: Path) -> dict[str, str]:
         "of the group": lambda: on_first_rank(lambda: fail(ValueError("a value"))),
         "local": lambda: on_first_rank(lambda: fail(Local(1, 2)), trainer),
         "result": lambda: on_first_rank(lambda: lambda: 0, trainer),
-        "leakage": lambda: leakage.check_on_one_process(trainer, [EmojiDataset("noto", "novel")], {}, {}),
+        "leakage": lambda: check.check_on_one_process(trainer, [EmojiDataset("noto", "novel")], {}, {}),
         "disk": lambda: last._save(trainer),
     }
     told = {}
     with (
-        mock.patch.object(leakage, "check_leakage", leak),
+        mock.patch.object(check, "check_leakage", leak),
         mock.patch.object(trainer.strategy.checkpoint_io, "save_checkpoint", full),
     ):
         for name, work in works.items():

@@ -15,8 +15,8 @@ from tiny_pipelines import build
 
 from gmail_lightning.callbacks import SampleGrid
 from gmail_lightning.datamodules import MixedModalityDataModule
-from gmail_lightning.datamodules.leakage import AllowedOverlap
 from gmail_lightning.datasets import EmojiDataset
+from gmail_lightning.leakage import AllowedOverlap
 from gmail_lightning.models import DiffusersGenerator
 from gmail_lightning.tasks import TextToImageTask
 

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from gmail_lightning.datamodules import MixedModalityDataModule
+from gmail_lightning.datamodules import ImageTextDataModule
 from gmail_lightning.datamodules.rows import EvaluationRows
 from gmail_lightning.datasets.base import DataError, one_line
 from gmail_lightning.datasets.shards import temporary
@@ -53,7 +53,7 @@ class CocoResultWriter(Callback):
         self._rows = []
         self._file = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "captions.json")
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, MixedModalityDataModule):
+        if isinstance(data, ImageTextDataModule):
             _refuse_shared_ids(data.predict_rows())
         if not cast(Any, trainer).fast_dev_run:  # what cannot be written is known now
             on_first_rank(partial(self._file.parent.mkdir, parents=True, exist_ok=True), trainer)

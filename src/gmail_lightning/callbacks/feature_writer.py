@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from gmail_lightning.datamodules.mixed_modality import MixedModalityDataModule
+from gmail_lightning.datamodules.base import ImageTextDataModule
 from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.feature_files import (
     PARTS,
@@ -76,9 +76,9 @@ class FeatureWriter(Callback):
             DataError: If an image is real in one row and generated in another.
         """
         data = getattr(trainer, "datamodule", None)
-        if not (isinstance(pl_module, EmbeddingTask) and isinstance(data, MixedModalityDataModule)):
+        if not (isinstance(pl_module, EmbeddingTask) and isinstance(data, ImageTextDataModule)):
             raise MisconfigurationException(
-                "FeatureWriter writes what EmbeddingTask makes of the predict data sets of MixedModalityDataModule, "
+                "FeatureWriter writes what EmbeddingTask makes of the predict data sets of a data module, "
                 f"with predict; here are {type(pl_module).__name__} and {type(data).__name__}."
             )
         if trainer.ckpt_path:
@@ -196,7 +196,7 @@ class FeatureWriter(Callback):
         rank_zero_info(f"{self.folder / RECORD}: features {tuple(shape)} in {self.dtype}, {len(self._rows)} images.")
 
 
-def _columns(data: MixedModalityDataModule) -> pa.Table:
+def _columns(data: ImageTextDataModule) -> pa.Table:
     """What the store says of every image to predict."""
     rows = data.predict_rows()
     return store_columns([rows.table.locate(row) for row in rows.first.tolist()])

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
-from gmail_lightning.transforms.image import resize
-from gmail_lightning.types import ImageSpec, ImageTextBatch, InputSpec, TextSpec, modality_rows
-
-
-class Picture(NamedTuple):
-    """What a row shows: pixels, or features that were computed before."""
-
-    values: Tensor  # float pixels (3, h, w) in [0, 1], or features (D,) or (T, W)
-    is_cached: bool
+from gmail_lightning.datasets.pictures import Picture, stack_pictures
+from gmail_lightning.types import ImageTextBatch, InputSpec, TextSpec, modality_rows
 
 
 class RowTable:
@@ -58,12 +51,6 @@ class RowTable:
         return dataset.describe(row)
 
 
-def read_picture(dataset: ImageTextDataset, row: int, spec: ImageSpec) -> Picture:
-    """Returns the cached features of a row where it has them, else its pixels, resized."""
-    feature = dataset.feature(row)
-    return Picture(resize(dataset.image(row), spec), False) if feature is None else Picture(feature, True)
-
-
 def encode_texts(name: str, spec: TextSpec, texts: list[str]) -> Tensor:
     """Returns the token ids of ``texts``, shape (T, L).
 
@@ -95,7 +82,7 @@ def collate(
         rows: Data set and number within it of each row, length B.
         indices: Number in the table of each row, shape (B,).
         spec: What the batch must hold.
-        pictures: One per row; empty if the spec has no image.
+        pictures: One per row; empty if the spec has no images.
         texts: T captions, each of one of the rows.
         text_row: The row of each text, ascending.
     """
@@ -110,11 +97,7 @@ def collate(
         batch["label"] = torch.from_numpy(table.label[indices])
     if table.has_questions:
         batch["question"] = [dataset.question(row) or "" for dataset, row in rows]
-    for values, row, is_cached in (("image", "image_row", False), ("image_features", "feature_row", True)):
-        at = [i for i, picture in enumerate(pictures) if picture.is_cached is is_cached]
-        if at:
-            batch[values] = torch.stack([pictures[i].values for i in at])
-            batch[row] = torch.tensor(at)
+    batch.update(stack_pictures(pictures, lambda i: table.describe(indices[i])))
     for name, text_spec in spec.texts.items():
         batch[name] = encode_texts(name, text_spec, texts)
         batch[f"{name}_row"] = torch.tensor(text_row)

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, cast
 
-import numpy as np
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch import nn
+from torch.utils.data import DataLoader
 
-from gmail_lightning.datamodules.classes import agreed_classes
-from gmail_lightning.datamodules.collate import RowTable, as_is
-from gmail_lightning.datamodules.leakage import AllowedOverlap, check_on_one_process, refuse_unknown_sets
-from gmail_lightning.datamodules.rows import EvaluationRows, TrainRows
+from gmail_lightning.datamodules.base import ImageTextDataModule, as_list, tell
+from gmail_lightning.datamodules.collate import RowTable
+from gmail_lightning.datamodules.rows import TrainRows
+from gmail_lightning.datamodules.training import as_module, refuse_no_share, seed_or_default, tell_broken
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
-from gmail_lightning.samplers.mixed_modality import MixedModalitySampler, UnpaddedDistributedSampler
-from gmail_lightning.types import Classes, ImageTextBatch, InputSpec
-
-Datasets = ImageTextDataset | list[ImageTextDataset]
+from gmail_lightning.leakage.check import AllowedOverlap, check_on_one_process, refuse_unknown_sets
+from gmail_lightning.samplers.mixed_modality import MixedModalitySampler
+from gmail_lightning.types import ImageTextBatch, InputSpec
 
 
 class TrainLoader(DataLoader[ImageTextBatch]):
@@ -45,7 +39,7 @@ class TrainLoader(DataLoader[ImageTextBatch]):
         """Does nothing."""
 
 
-class MixedModalityDataModule(LightningDataModule):
+class MixedModalityDataModule(ImageTextDataModule):
     """Feeds training with an exact share of generated rows, and evaluation with named sets.
 
     What a batch holds (image size, texts, tokeniser) is read from the task's ``input_spec``. Training draws one caption
@@ -63,7 +57,8 @@ class MixedModalityDataModule(LightningDataModule):
         generated_fraction: Share of generated rows in each batch of a ``mixture``; pairs are always half and half.
         augmentation: Applied to training images, float (3, h, w) in [0, 1] after the resize; several in a row as
             ``torch.nn.Sequential``, or in YAML as a list. The two images of a pair get the same random draw, so that
-            they still show the same thing.
+            they still show the same thing. Where a task asks for several views of a picture, the decoded picture is
+            augmented, once, before it is resized to each.
         generated_augmentation: Applied to generated images after it.
         eval_batch_size: Images per device in evaluation and prediction; by default ``batch_size``.
         num_workers: Worker processes of each loader.
@@ -74,9 +69,9 @@ class MixedModalityDataModule(LightningDataModule):
         input_spec: For use without a task.
     """
 
-    #: Arguments that hold data sets, by the verbs that read them; ``fit`` compares its rows with those of ``test``.
+    #: ``fit`` compares its rows with those of ``test``, too.
     DATASETS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "train": ("fit",), "val": ("fit", "validate"), "test": ("fit", "test"), "predict": ("predict",)
+        "train": ("fit",), **ImageTextDataModule.DATASETS, "test": ("fit", "test")
     }  # fmt: skip
 
     def __init__(
@@ -97,63 +92,18 @@ class MixedModalityDataModule(LightningDataModule):
         allow_overlap: dict[str, AllowedOverlap] | None = None,
         input_spec: InputSpec | None = None,
     ) -> None:
-        super().__init__()
-        self.datasets = {"train": _as_list(train), "predict": _as_list(predict)}
-        val = {name: _as_list(datasets) for name, datasets in (val or {}).items()}
-        test = val if test is None else {name: _as_list(datasets) for name, datasets in test.items()}
-        self.evaluation: dict[str, dict[str, list[ImageTextDataset]]] = {"val": val, "test": test}
-        if not 0 <= max_replaced_fraction <= 1:
-            raise ValueError(f"max_replaced_fraction is {max_replaced_fraction}, but it is a share between 0 and 1.")
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        super().__init__(val, test, predict, eval_batch_size or batch_size, num_workers, input_spec)
+        refuse_no_share(max_replaced_fraction)
+        self.datasets = {"train": as_list(train), **self.datasets}
+        self.batch_size, self.max_replaced_fraction = batch_size, max_replaced_fraction
         self.mode: Literal["paired", "mixture"] = mode
         self.generated_fraction = generated_fraction
-        self.augmentation = _as_module(augmentation)
-        self.generated_augmentation = _as_module(generated_augmentation)
-        self.num_workers, self.max_replaced_fraction = num_workers, max_replaced_fraction
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.augmentation, self.generated_augmentation = as_module(augmentation), as_module(generated_augmentation)
+        self.seed = seed_or_default(seed)
         self.allow_overlap = dict(allow_overlap or {})
-        refuse_unknown_sets(self.allow_overlap, self._evaluation_sets())
-        self.input_spec = input_spec
-        #: Numbers of the rows that ``predict`` is left with, where a writer has the others; None for all.
-        self.only_predict: np.ndarray | None = None
+        refuse_unknown_sets(self.allow_overlap, self.evaluation_sets)
         self._sampler: MixedModalitySampler | None = None
         self._progress = _fresh_progress()
-
-    @classmethod
-    def unread(cls, verb: str, given: Collection[str]) -> list[str]:
-        """Names of the arguments whose data sets a verb does not read, so that the command line does not build them.
-
-        Args:
-            verb: ``fit``, ``validate``, ``test`` or ``predict``.
-            given: Names of the arguments that are not None.
-        """
-        names = [name for name, verbs in cls.DATASETS.items() if verb not in verbs]
-        return [name for name in names if not (verb == "test" and name == "val" and "test" not in given)]
-
-    @property
-    def eval_sets(self) -> dict[str, list[str]]:
-        """Names of the evaluation sets of ``val`` and of ``test``."""
-        return {stage: list(sets) for stage, sets in self.evaluation.items()}
-
-    def classes(self, name: str | None = None) -> Classes:
-        """Returns the names of the classes of an evaluation set, or of the training sets, and the prompts for them.
-
-        Raises:
-            DataError: If the data sets have no classes, or not the same.
-        """
-        if name is None:
-            return agreed_classes(self.datasets["train"], "train")
-        sets = self._evaluation_sets()
-        if name not in sets:
-            raise DataError(f"No evaluation set is called {name!r}. Known: {', '.join(sets) or 'none'}.")
-        return agreed_classes(sets[name], name)
-
-    @property
-    def feature_stores(self) -> list[dict[str, Any]]:
-        """What the cached features of the data sets were made with, each store once, with its ``path``."""
-        sets = [*self.datasets.values(), *self._evaluation_sets().values()]
-        stores = [dataset.feature_store for datasets in sets for dataset in datasets]
-        return list({store["path"]: store for store in stores if store is not None}.values())
 
     def setup(self, stage: str) -> None:
         """Reads what the task asks for, and looks for what training shares with the evaluation sets.
@@ -161,31 +111,10 @@ class MixedModalityDataModule(LightningDataModule):
         Raises:
             DataError: If an evaluation set shares what it does not allow, or a training set is not for training.
         """
-        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                "overfit_batches would replace the sampler that keeps pairs and shares together. To train on a few "
-                "batches over and over, set trainer.limit_train_batches and limit the data sets instead."
-            )
-        if self.trainer is not None and self.input_spec is None:
-            self.input_spec = cast(InputSpec, self.trainer.lightning_module.input_spec)
-        if self.input_spec is None:
-            raise ValueError("Without a task the data module needs input_spec=InputSpec(...).")
+        super().setup(stage)
         if stage == "fit":
             self._sampler, self._progress = None, _fresh_progress()
-            check_on_one_process(self.trainer, self.datasets["train"], self._evaluation_sets(), self.allow_overlap)
-
-    def _evaluation_sets(self) -> dict[str, list[ImageTextDataset]]:
-        """The data sets of ``val`` and ``test``, each once, by name."""
-        sets: dict[str, list[ImageTextDataset]] = {}
-        for stage in self.evaluation.values():
-            for name, datasets in stage.items():
-                known = sets.setdefault(name, [])
-                known += [dataset for dataset in datasets if not any(dataset is other for other in known)]
-        return sets
-
-    def _replicas(self) -> tuple[int, int]:
-        """Number of processes and number of this one."""
-        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+            check_on_one_process(self.trainer, self.datasets["train"], self.evaluation_sets, self.allow_overlap)
 
     def train_dataloader(self) -> TrainLoader:
         """Returns the loader of mixed batches.
@@ -197,7 +126,7 @@ class MixedModalityDataModule(LightningDataModule):
             raise DataError("No training data: give the data module data sets under train.")
         tell(self.datasets["train"])
         table = RowTable(self.datasets["train"])
-        num_replicas, rank = self._replicas()
+        num_replicas, rank = self.replicas()
         try:
             sampler = MixedModalitySampler(
                 table.modality,
@@ -229,72 +158,18 @@ class MixedModalityDataModule(LightningDataModule):
             )
         rows = TrainRows(
             table,
-            self._spec(),
+            self.spec,
             seed=self.seed,
             pairs=sampler.pairs,
             augmentation=self.augmentation,
             generated_augmentation=self.generated_augmentation,
         )
-        return TrainLoader(rows, batch_size=self.batch_size, sampler=sampler, **self._settings(self.num_workers > 0))
-
-    def val_dataloader(self) -> list[DataLoader[ImageTextBatch]]:
-        """Returns one loader per set of ``val``, in the order of the names."""
-        return [self._evaluation_loader(sets, name) for name, sets in self.evaluation["val"].items()]
-
-    def test_dataloader(self) -> list[DataLoader[ImageTextBatch]]:
-        """Returns one loader per set of ``test``, in the order of the names."""
-        return [self._evaluation_loader(sets, name) for name, sets in self.evaluation["test"].items()]
-
-    def predict_dataloader(self) -> DataLoader[ImageTextBatch]:
-        """Returns the loader of ``predict``."""
-        rows = self.predict_rows()
-        tell(self.datasets["predict"], need_captions=False)
-        return self._loader(rows if self.only_predict is None else Subset(rows, self.only_predict.tolist()), None)
-
-    def predict_rows(self) -> EvaluationRows:
-        """Returns the images of ``predict``, each once; ``row_id`` of a batch is their number.
-
-        Raises:
-            DataError: If there are no data sets.
-        """
-        if not self.datasets["predict"]:
-            raise DataError("Nothing to predict: give the data module data sets under predict.")
-        return EvaluationRows(RowTable(self.datasets["predict"]), self._spec())
-
-    def _evaluation_loader(self, datasets: list[ImageTextDataset], name: str) -> DataLoader[ImageTextBatch]:
-        tell(datasets)
-        return self._loader(EvaluationRows(RowTable(datasets), self._spec(), name), name)
-
-    def _loader(self, rows: EvaluationRows | Subset[ImageTextBatch], name: str | None) -> DataLoader[ImageTextBatch]:
-        num_replicas, rank = self._replicas()
-        if len(rows) < num_replicas:
-            raise DataError(
-                f"Evaluation set {name!r} has {len(rows)} images for {num_replicas} devices: use fewer devices."
-            )
-        sampler = UnpaddedDistributedSampler(len(rows), num_replicas=num_replicas, rank=rank)
-        return DataLoader(rows, batch_size=self.eval_batch_size, sampler=sampler, **self._settings(False))
-
-    def _settings(self, persistent_workers: bool) -> dict[str, Any]:
-        return {
-            "collate_fn": as_is,
-            "num_workers": self.num_workers,
-            "persistent_workers": persistent_workers,
-            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        }
-
-    def _spec(self) -> InputSpec:
-        if self.input_spec is None:
-            raise ValueError("The data module was not set up: call setup(), or give input_spec.")
-        return self.input_spec
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Moves the tensors of the batch; the lists of strings stay, and are not walked through."""
-        if device.type == "cpu" or not isinstance(batch, dict):
-            return batch
-        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        settings = self.loader_settings(persistent_workers=self.num_workers > 0)
+        return TrainLoader(rows, batch_size=self.batch_size, sampler=sampler, **settings)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Counts the batches that training has consumed, and the rows that were replaced."""
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
         if self._sampler is not None and self.trainer is not None and self.trainer.training:
             self._count(cast(ImageTextBatch, batch), self._sampler)
         return batch
@@ -318,13 +193,14 @@ class MixedModalityDataModule(LightningDataModule):
             f"{progress['replaced']} of {len(sampler)} training images of epoch {sampler.epoch} on this device had to "
             f"be replaced, the last since: {batch['replaced_reason'][-1]}"
         )
-        if is_above(progress["replaced"], self.max_replaced_fraction, len(sampler)):
-            raise DataError(
-                f"{summary}. That is more than max_replaced_fraction={self.max_replaced_fraction}: repair or remove "
-                "such images, or raise the fraction."
-            )
-        if before < 5:
-            rank_zero_warn(summary)
+        tell_broken(
+            summary,
+            "repair or remove such images",
+            before=before,
+            count=progress["replaced"],
+            total=len(sampler),
+            max_replaced_fraction=self.max_replaced_fraction,
+        )
 
     def state_dict(self) -> dict[str, int]:
         """What a resume needs: the batches consumed by training, not those handed to workers ahead of it."""
@@ -342,33 +218,5 @@ class MixedModalityDataModule(LightningDataModule):
             self._sampler.start_batch = epoch * steps + step
 
 
-def tell(datasets: list[ImageTextDataset], need_captions: bool = True) -> None:
-    """Shows what the data sets have left out.
-
-    Raises:
-        DataError: If captions are needed and a data set has none.
-    """
-    for dataset in datasets:
-        if need_captions and dataset.no_captions is not None:
-            raise DataError(dataset.no_captions)
-        if dataset.summary is not None:
-            rank_zero_info(dataset.summary)
-
-
 def _fresh_progress() -> dict[str, int]:
     return {"epoch": -1, "step": 0, "global_batch_size": 0, "replaced": 0}
-
-
-def _as_list(datasets: Sequence[ImageTextDataset] | ImageTextDataset | None) -> list[ImageTextDataset]:
-    if datasets is None:
-        return []
-    return [datasets] if isinstance(datasets, ImageTextDataset) else list(datasets)
-
-
-def is_above(count: int, share: float, total: int) -> bool:
-    """Whether a count is more than a share of the total, exactly: 29 of 100 are not more than 0.29."""
-    return count > Fraction(str(share)) * total
-
-
-def _as_module(augmentation: nn.Module | list[nn.Module] | None) -> nn.Module | None:
-    return nn.Sequential(*augmentation) if isinstance(augmentation, list) else augmentation

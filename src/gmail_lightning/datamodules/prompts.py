@@ -10,12 +10,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from gmail_lightning.datamodules.leakage import AllowedOverlap, Kind, check_leakage, refuse_unknown_sets
-from gmail_lightning.datamodules.mixed_modality import tell
-from gmail_lightning.datamodules.overlap import picture_hashes
+from gmail_lightning.datamodules.base import as_list, tell
 from gmail_lightning.datamodules.prompt_table import PromptBatches, PromptTable
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
 from gmail_lightning.distributed import on_first_rank
+from gmail_lightning.leakage.check import AllowedOverlap, Kind, check_leakage, refuse_unknown_sets
+from gmail_lightning.leakage.overlap import picture_hashes
 
 
 class PromptDataModule(LightningDataModule):
@@ -70,7 +70,7 @@ class PromptDataModule(LightningDataModule):
         if not split.isidentifier():
             raise ValueError(f"split={split!r}: it becomes part of file names; use letters, digits and _.")
         refuse_unknown_sets(allow_overlap or {}, evaluation or {})
-        self.captions = [captions] if isinstance(captions, ImageTextDataset) else list(captions)
+        self.captions = as_list(captions)
         self.split, self.evaluation, self.allow_overlap = split, evaluation, allow_overlap or {}
         self.images_per_caption, self.captions_per_row = images_per_caption, captions_per_row
         self.prompt_template, self.batch_size = prompt_template, batch_size

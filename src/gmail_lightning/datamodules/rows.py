@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from gmail_lightning.datamodules.collate import Picture, RowTable, collate, read_picture
+from gmail_lightning.datamodules.collate import RowTable, collate
 from gmail_lightning.datasets.base import DataError, ImageDecodeError, ImageTextDataset
+from gmail_lightning.datasets.pictures import Picture, look_at, read_picture
 from gmail_lightning.samplers.mixed_modality import Pairs, stable_hash
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
@@ -37,7 +40,7 @@ class TrainRows(Dataset[ImageTextBatch]):
         for dataset in table.datasets:
             if dataset.not_for_training is not None:
                 raise DataError(f"{type(dataset).__name__} cannot be trained on: {dataset.not_for_training}")
-            if dataset.feature_store is not None:
+            if dataset.feature_store is not None or dataset.token_store is not None:
                 _refuse_augmentation(dataset, augmentation, generated_augmentation)
         self.table, self.spec, self.seed, self.pairs = table, spec, seed, pairs
         of_real = [augmentation] if augmentation is not None else []
@@ -59,9 +62,8 @@ class TrainRows(Dataset[ImageTextBatch]):
         replaced = np.zeros(len(index), dtype=bool)
         pictures: list[Picture] = []
         reasons: list[str] = []
-        if self.spec.image is not None:
-            pictures, replaced, reasons = self._read(index, epoch, position)
-            self._augment(pictures, index, draw)
+        if self.spec.images:
+            pictures, replaced, reasons = self._read(index, epoch, position, draw)
         rows = [self.table.locate(i) for i in index.tolist()]
         captions = [dataset.captions(row) for dataset, row in rows]
         texts = [options[number % len(options)] for options, number in zip(captions, draw, strict=True)]
@@ -73,31 +75,40 @@ class TrainRows(Dataset[ImageTextBatch]):
             batch["weight"] = torch.from_numpy(self.table.weight[index])
         return batch
 
-    def _picture(self, index: int) -> Picture:
-        assert self.spec.image is not None
-        return read_picture(*self.table.locate(index), self.spec.image)
+    def _picture(self, index: int, seed: int) -> Picture:
+        """What a row shows; whatever is random about it is drawn with ``seed``."""
+        augmentations = self.augmentation[Modality(int(self.table.modality[index]))]
+
+        def look(image: Tensor) -> dict[str, Tensor]:
+            if not augmentations:
+                return look_at(image, self.spec.images)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                return look_at(image, self.spec.images, augmentations)
+
+        return read_picture(*self.table.locate(index), look)
 
     def _read(
-        self, index: np.ndarray, epoch: np.ndarray, position: np.ndarray
+        self, index: np.ndarray, epoch: np.ndarray, position: np.ndarray, draw: list[int]
     ) -> tuple[list[Picture], np.ndarray, list[str]]:
-        """Reads and resizes; ``index`` is changed where another row stands in."""
-        pictures = [Picture(torch.empty(0), False)] * len(index)
+        """Reads what the rows show; ``index`` is changed where another row stands in."""
+        pictures: dict[int, Picture] = {}
         replaced, reasons = np.zeros(len(index), dtype=bool), []
         for i, row in enumerate(index.tolist()):
             if replaced[i]:  # as the partner of the row before
                 continue
             try:
-                pictures[i] = self._picture(row)
+                pictures[i] = self._picture(row, draw[i])
             except ImageDecodeError as error:
                 reasons.append(str(error))
                 unit = [i] if self.pairs is None else [i - i % 2, i - i % 2 + 1]
-                index[unit], stand_ins = self._replace(index[i], stable_hash(self.seed, epoch[i], position[unit[0]]))
+                key = stable_hash(self.seed, epoch[i], position[unit[0]])
+                index[unit], stand_ins = self._replace(index[i], key, [draw[j] for j in unit])
                 replaced[unit] = True
-                for j, picture in zip(unit, stand_ins, strict=True):
-                    pictures[j] = picture
-        return pictures, replaced, reasons
+                pictures.update(zip(unit, stand_ins, strict=True))
+        return [pictures[i] for i in range(len(index))], replaced, reasons
 
-    def _replace(self, index: int, key: np.ndarray) -> tuple[np.ndarray, list[Picture]]:
+    def _replace(self, index: int, key: np.ndarray, seeds: list[int]) -> tuple[np.ndarray, list[Picture]]:
         """Finds another pair, or another row of the same modality, that decodes."""
         pool = np.flatnonzero(self.table.modality == self.table.modality[index])
         for attempt in range(1, MAX_REPLACEMENTS + 1):
@@ -108,7 +119,7 @@ class TrainRows(Dataset[ImageTextBatch]):
                 unit = (draw % np.uint64(len(self.pairs.real))).astype(np.int64)
                 rows = np.array([self.pairs.draw(unit, draw.view(np.int64)), self.pairs.real[unit]])
             try:
-                return rows, [self._picture(row) for row in rows.tolist()]
+                return rows, [self._picture(row, seed) for row, seed in zip(rows.tolist(), seeds, strict=True)]
             except ImageDecodeError as error:
                 last = error
         raise DataError(
@@ -116,31 +127,17 @@ class TrainRows(Dataset[ImageTextBatch]):
             f"the last of them: {last}"
         )
 
-    def _augment(self, pictures: list[Picture], index: np.ndarray, draw: list[int]) -> None:
-        if not any(self.augmentation.values()):
-            return
-        with torch.random.fork_rng(devices=[]):
-            for i, (modality, seed) in enumerate(zip(self.table.modality[index].tolist(), draw, strict=True)):
-                torch.default_generator.manual_seed(seed)
-                for augmentation in self.augmentation[modality] if not pictures[i].is_cached else ():
-                    shape, image = pictures[i].values.shape, augmentation(pictures[i].values)
-                    if image.shape != shape:
-                        raise ValueError(
-                            f"{type(augmentation).__name__} turns an image of shape {tuple(shape)} into "
-                            f"{tuple(image.shape)}: an augmentation comes after the resize and keeps the shape."
-                        )
-                    pictures[i] = Picture(image, False)
-
 
 def _refuse_augmentation(
     dataset: ImageTextDataset, augmentation: nn.Module | None, generated_augmentation: nn.Module | None
 ) -> None:
-    """A pair shares its draw, and the features of a store were computed before any draw."""
+    """A pair shares its draw, and what a store holds was computed before any draw."""
+    what = "features" if dataset.feature_store is not None else "token ids"
     of_generated = generated_augmentation if Modality.GENERATED in dataset.modality else None
     for name, given in (("augmentation", augmentation), ("generated_augmentation", of_generated)):
         if given is not None:
             raise MisconfigurationException(
-                f"{name} cannot change the features of {dataset.describe(0)}: they were cached for the image as it is, "
+                f"{name} cannot change the {what} of {dataset.describe(0)}: they were cached for the image as it is, "
                 f"and the partner of a pair would show another view. Leave {name} out, or give the data set without "
                 "its store."
             )
@@ -204,8 +201,8 @@ class EvaluationRows(Dataset[ImageTextBatch]):
             members = self.rows[self.starts[item] : self.starts[item + 1]].tolist()
             located = [self.table.locate(i) for i in members]
             references.append([caption for dataset, row in located for caption in dataset.captions(row)])
-        image_spec = self.spec.image
-        pictures = [] if image_spec is None else [read_picture(*located, image_spec) for located in rows]
+        look = partial(look_at, images=self.spec.images)
+        pictures = [read_picture(*located, look) for located in rows] if self.spec.images else []
         texts = [text for captions in references for text in captions]
         text_row = [i for i, captions in enumerate(references) for _ in captions]
         batch = collate(self.table, rows, index, self.spec, pictures, texts, text_row)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gmail_lightning.datamodules.collate import encode_texts
@@ -20,7 +20,7 @@ from gmail_lightning.datasets.base import (
     ModalityName,
     decode_image,
 )
-from gmail_lightning.transforms.image import resize
+from gmail_lightning.datasets.pictures import PIXELS, Picture, look_at, stack_pictures
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality, modality_rows
 
 MAX_BROKEN = 100  # images in a row that do not decode
@@ -50,7 +50,7 @@ class StreamRows(IterableDataset[ImageTextBatch]):
     ) -> None:
         self.urls, self.spec, self.batch_size, self.shuffle, self.seed = urls, spec, batch_size, shuffle, seed
         self.modality: ModalityName = modality
-        self.source, self.augmentation = source, augmentation
+        self.source, self.augmentations = source, [] if augmentation is None else [augmentation]
         self.num_replicas, self.rank = num_replicas, rank
         self.start = 0  # part of the seed: a run that goes on draws anew
         self._shards_read = ShardReader(modality, space, any_loss)
@@ -86,22 +86,20 @@ class StreamRows(IterableDataset[ImageTextBatch]):
         draw = random.Random(int(np.random.SeedSequence([self.seed, self.start, slot]).generate_state(1)[0]))
         return iter(webdataset.shuffle(self.shuffle, rng=draw)(samples))
 
-    def _image(self, sample: Sample) -> Tensor:
-        assert self.spec.image is not None
-        image = resize(decode_image(sample.image), self.spec.image)
-        return image if self.augmentation is None else self.augmentation(image)
+    def _picture(self, sample: Sample) -> Picture:
+        return Picture(PIXELS, look_at(decode_image(sample.image), self.spec.images, self.augmentations))
 
     def _batch(self, stream: Iterator[Sample]) -> ImageTextBatch:
         samples: list[Sample] = []
-        images: list[Tensor] = []
+        pictures: list[Picture] = []
         undecoded: list[str] = []
         broken = 0
         while len(samples) < self.batch_size:
             sample = next(stream)
             self._given += 1
             try:
-                if self.spec.image is not None:
-                    images.append(self._image(sample))
+                if self.spec.images:
+                    pictures.append(self._picture(sample))
                 samples.append(sample)
                 broken = 0
             except ImageDecodeError as error:
@@ -128,8 +126,7 @@ class StreamRows(IterableDataset[ImageTextBatch]):
             "replaced": torch.arange(size) < standing_in,
             "replaced_reason": reasons,
         }
-        if images:
-            batch["image"], batch["image_row"] = torch.stack(images), torch.arange(size)
+        batch.update(stack_pictures(pictures, lambda i: f"key {samples[i].key!r}"))
         for name, text_spec in self.spec.texts.items():
             batch[name], batch[f"{name}_row"] = encode_texts(name, text_spec, captions), torch.arange(size)
         batch.update(modality_rows(batch))

@@ -12,8 +12,8 @@ from typing import Any
 
 from gmail_lightning.datasets.base import DataError, ModalityName, one_line
 from gmail_lightning.datasets.ids import id_number, known_by, stable_ids
-from gmail_lightning.datasets.tar_index import read_record
-from gmail_lightning.datasets.tar_members import (
+from gmail_lightning.datasets.tars.index import read_record
+from gmail_lightning.datasets.tars.members import (
     beside_sample,
     decompressed,
     may_belong,

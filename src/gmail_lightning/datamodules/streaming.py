@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gmail_lightning.datamodules.collate import as_is
-from gmail_lightning.datamodules.mixed_modality import MixedModalityDataModule, is_above
+from gmail_lightning.datamodules.base import ImageTextDataModule
 from gmail_lightning.datamodules.stream_rows import StreamRows
+from gmail_lightning.datamodules.training import as_module, refuse_no_share, seed_or_default, tell_broken
 from gmail_lightning.datasets.base import DataError, ImageTextDataset, ModalityName
 from gmail_lightning.datasets.shards import MANIFEST, PLAN
-from gmail_lightning.datasets.tar_files import expand_path, is_remote
+from gmail_lightning.datasets.tars.files import expand_path, is_remote
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
 
@@ -35,7 +35,7 @@ class StreamLoader:
         yield from itertools.islice(DataLoader(self.rows, batch_size=None, **self.settings), self.steps)
 
 
-class StreamingDataModule(MixedModalityDataModule):
+class StreamingDataModule(ImageTextDataModule):
     """Trains on webdataset shards in the order in which they come; evaluation is that of the data sets given.
 
     For shards that are remote (``https:``, or ``pipe:`` and a command) or have no end. Where they are local,
@@ -56,7 +56,7 @@ class StreamingDataModule(MixedModalityDataModule):
         predict: Data sets for ``predict``.
         source: Name of the generator.
         shuffle: Samples held by each worker to draw from; 0 keeps the order of the shards.
-        augmentation: Applied to training images, float (3, h, w) in [0, 1] after the resize.
+        augmentation: Applied to training images, float (3, h, w) in [0, 1], as by ``MixedModalityDataModule``.
         eval_batch_size: Images per device in evaluation and prediction; by default ``batch_size``.
         num_workers: Worker processes of each loader; each needs a shard of its own.
         max_replaced_fraction: Training stops once more than this share of an epoch's samples were broken. Below 1, a
@@ -88,11 +88,8 @@ class StreamingDataModule(MixedModalityDataModule):
         input_spec: InputSpec | None = None,
         space: str = "",
     ) -> None:
-        super().__init__(
-            val=val, test=test, predict=predict, batch_size=batch_size, augmentation=augmentation,
-            eval_batch_size=eval_batch_size, num_workers=num_workers, max_replaced_fraction=max_replaced_fraction,
-            seed=seed, input_spec=input_spec,
-        )  # fmt: skip
+        super().__init__(val, test, predict, eval_batch_size or batch_size, num_workers, input_spec)
+        refuse_no_share(max_replaced_fraction)
         try:
             import webdataset  # noqa: F401
         except ModuleNotFoundError as error:
@@ -103,13 +100,15 @@ class StreamingDataModule(MixedModalityDataModule):
             raise ValueError(f"Unknown modality {modality!r}: use 'real' or 'generated'.")
         if steps_per_epoch < 1 or shuffle < 0:
             raise ValueError(f"steps_per_epoch={steps_per_epoch} and shuffle={shuffle}: at least 1, and at least 0.")
+        self.batch_size, self.max_replaced_fraction = batch_size, max_replaced_fraction
+        self.augmentation, self.seed = as_module(augmentation), seed_or_default(seed)
         self.urls = [url for one in ([urls] if isinstance(urls, str) else urls) for url in expand_path(one)]
         self.modality: ModalityName = modality
         self.source = "real" if modality == "real" else source or "generated"
         self.steps_per_epoch, self.shuffle, self.space = steps_per_epoch, shuffle, space
         self._passes, self._broken, self._broken_epoch = 0, 0, -1
 
-    def train_dataloader(self) -> StreamLoader:  # type: ignore[override]
+    def train_dataloader(self) -> StreamLoader:
         """Returns ``steps_per_epoch`` batches of the stream.
 
         Raises:
@@ -117,7 +116,7 @@ class StreamingDataModule(MixedModalityDataModule):
             DataError: If a local shard is missing, or belongs to a store of image generation.
         """
         self._check_files()
-        num_replicas, rank = self._replicas()
+        num_replicas, rank = self.replicas()
         workers = max(self.num_workers, 1)
         if len(self.urls) < num_replicas * workers:
             most = len(self.urls) // num_replicas
@@ -132,11 +131,10 @@ class StreamingDataModule(MixedModalityDataModule):
             "evaluation sets."
         )
         rows = StreamRows(
-            self.urls, self._spec(), self.batch_size, self.modality, self.source, self.shuffle, self.augmentation,
+            self.urls, self.spec, self.batch_size, self.modality, self.source, self.shuffle, self.augmentation,
             self.seed, num_replicas, rank, self.space, self.max_replaced_fraction == 1,
         )  # fmt: skip
-        settings = {**self._settings(False), "collate_fn": as_is}
-        return StreamLoader(rows, self.steps_per_epoch, self._start, settings)
+        return StreamLoader(rows, self.steps_per_epoch, self._start, self.loader_settings(persistent_workers=False))
 
     def _check_files(self) -> None:
         for url in self.urls:
@@ -170,10 +168,11 @@ class StreamingDataModule(MixedModalityDataModule):
             f"{self._broken} samples of epoch {epoch} on this device were broken, and others stand in for them "
             f"({total} are read in an epoch); the last: {reasons[-1]}"
         )
-        if is_above(self._broken, self.max_replaced_fraction, total):
-            raise DataError(
-                f"{summary}. That is more than max_replaced_fraction={self.max_replaced_fraction}: repair or leave out "
-                "such shards, or raise the fraction."
-            )
-        if before < 5:
-            rank_zero_warn(summary)
+        tell_broken(
+            summary,
+            "repair or leave out such shards",
+            before=before,
+            count=self._broken,
+            total=total,
+            max_replaced_fraction=self.max_replaced_fraction,
+        )

@@ -7,11 +7,11 @@ from gmail_lightning.datasets.emoji import EmojiDataset
 from gmail_lightning.datasets.features import FeatureStore
 from gmail_lightning.datasets.flickr30k import Flickr30k
 from gmail_lightning.datasets.image_folder import ImageFolder
-from gmail_lightning.datasets.manifest import ManifestDataset
 from gmail_lightning.datasets.science_qa import ScienceQA
 from gmail_lightning.datasets.sharegpt4v import ShareGPT4V, Urban1k
-from gmail_lightning.datasets.tar_filter import Filter
-from gmail_lightning.datasets.tar_shards import TarShards
+from gmail_lightning.datasets.tables.manifest import ManifestDataset
+from gmail_lightning.datasets.tars.dataset import TarShards
+from gmail_lightning.datasets.tars.filter import Filter
 
 __all__ = [
     "ClassificationDataset",

@@ -52,6 +52,7 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
         no_captions: Why there are none, so that the rows are for prediction alone and every caption is empty.
         captions_are_classes: Captions are made of the names of classes, so that training may well have the same.
         feature_store: What the features that stand in for pixels were made with; None where the rows have pixels.
+        token_store: What the token ids that stand in for pixels were made with; None where there are none.
     """
 
     modality: np.ndarray
@@ -68,6 +69,7 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
     no_captions: str | None = None
     captions_are_classes: bool = False
     feature_store: dict[str, Any] | None = None
+    token_store: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.modality)
@@ -90,6 +92,13 @@ class ImageTextDataset(Dataset[ImageTextSample], ABC):
 
     def feature(self, index: int) -> Tensor | None:
         """Returns what a batch holds in place of the pixels of a row: cached features (D,) or (T, W), or None."""
+        return None
+
+    def token_ids(self, index: int) -> Tensor | None:
+        """Returns what a batch holds in place of the pixels of a row: codes of an image tokenizer (T,) int64, or None.
+
+        Where a row has features, too, a batch holds these.
+        """
         return None
 
     def source(self, index: int) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 from gmail_lightning.datasets.base import DataError, ModalityName
 from gmail_lightning.datasets.ids import stable_ids
 from gmail_lightning.datasets.image_folder import ClassImages, class_folders, given_names, images_below, listed
-from gmail_lightning.datasets.parsed import read_text
 from gmail_lightning.datasets.protocols import CLASS_PROTOCOLS, compare_counts, subset_of
+from gmail_lightning.datasets.tables.parsed import read_text
 from gmail_lightning.transforms.text import prompt_class_names, prompt_templates
 
 SetName = Literal["caltech101", "dtd", "fgvc_aircraft", "food101", "imagenet", "oxford_pets", "stanford_cars", "sun397"]

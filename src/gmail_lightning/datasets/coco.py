@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gmail_lightning.datasets.base import DataError, ModalityName
-from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows, caption_table, first_captions
 from gmail_lightning.datasets.ids import id_text
-from gmail_lightning.datasets.parsed import read_json, read_once
 from gmail_lightning.datasets.protocols import CAPTION_PROTOCOLS
+from gmail_lightning.datasets.tables.caption_rows import CaptionRow, CaptionRows, caption_table, first_captions
+from gmail_lightning.datasets.tables.parsed import read_json, read_once
 
 
 class CocoCaptions(CaptionRows):

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gmail_lightning.datasets.base import DataError, ModalityName
-from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows, caption_table
 from gmail_lightning.datasets.coco import karpathy_split, read_annotations
-from gmail_lightning.datasets.parsed import read_once, read_text
+from gmail_lightning.datasets.tables.caption_rows import CaptionRow, CaptionRows, caption_table
+from gmail_lightning.datasets.tables.parsed import read_once, read_text
 
 PROTOCOLS = {"full": "flickr30k_full", "train": "flickr30k_train", "val": "flickr30k_val", "test": "flickr30k_1k"}
 

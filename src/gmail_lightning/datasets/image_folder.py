@@ -21,7 +21,7 @@ from gmail_lightning.datasets.base import (
     own_pair_ids,
 )
 from gmail_lightning.datasets.ids import file_ids, is_image_name
-from gmail_lightning.datasets.parsed import read_text
+from gmail_lightning.datasets.tables.parsed import read_text
 from gmail_lightning.transforms.text import fill, given_templates
 
 

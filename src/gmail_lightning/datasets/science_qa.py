@@ -18,8 +18,8 @@ from gmail_lightning.datasets.base import (
     own_pair_ids,
 )
 from gmail_lightning.datasets.ids import file_ids
-from gmail_lightning.datasets.parsed import read_json
 from gmail_lightning.datasets.protocols import compare_counts, subset_of
+from gmail_lightning.datasets.tables.parsed import read_json
 
 LETTERS = "ABCDE"
 WITH_IMAGE = {"train": 6_218, "val": 2_097, "test": 2_017}  # questions as published

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from gmail_lightning.datasets.audit import audit_rows
 from gmail_lightning.datasets.base import DataError
-from gmail_lightning.datasets.tar_index import remove_index
+from gmail_lightning.datasets.tars.index import remove_index
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from gmail_lightning.datasets.base import DataError, ModalityName
-from gmail_lightning.datasets.caption_rows import CaptionRow, CaptionRows, caption_table
 from gmail_lightning.datasets.ids import is_image_name
-from gmail_lightning.datasets.parsed import read_once, read_text
+from gmail_lightning.datasets.tables.caption_rows import CaptionRow, CaptionRows, caption_table
+from gmail_lightning.datasets.tables.parsed import read_once, read_text
 
 VALIDATION_ENTRIES = 1_000
 BLOCK = 1 << 20  # characters of the file read at a time

@@ -11,7 +11,7 @@ To rebuild it, unpack these npm packages side by side into one folder, each unde
     emojibase-data@17.0.0                  emojibase-data/
 
     pip install resvg_py==0.5.0 pillow pyarrow
-    python -m gmail_lightning.datasets.emoji_pack.build FOLDER
+    python tools/build_emoji_drawings.py FOLDER
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from gmail_lightning.datasets import emoji
 
 SIZE = 64  # px, both sides
 NUM_CONCEPTS = 1594  # drawn by all complete hands in the versions above
@@ -134,4 +136,4 @@ def build(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]), Path(__file__).parent)
+    build(Path(sys.argv[1]), Path(emoji.__file__).parent)

@@ -22,10 +22,10 @@ from gmail_lightning.datasets.base import (
     one_line,
 )
 from gmail_lightning.datasets.shards import MANIFEST, PLAN, RECIPE, SCHEMA
-from gmail_lightning.datasets.tar_files import find_tars, read_member
-from gmail_lightning.datasets.tar_filter import Filter, choose
-from gmail_lightning.datasets.tar_index import UNREADABLE, read_record
-from gmail_lightning.datasets.tar_rows import REPAIRED, read_manifest, repaired_rows, store_rows, webdataset_rows
+from gmail_lightning.datasets.tars.files import find_tars, read_member
+from gmail_lightning.datasets.tars.filter import Filter, choose
+from gmail_lightning.datasets.tars.index import UNREADABLE, read_record
+from gmail_lightning.datasets.tars.rows import REPAIRED, read_manifest, repaired_rows, store_rows, webdataset_rows
 from gmail_lightning.types import Modality
 
 CLIP_SCORE_SCALE = 2.5  # w of CLIPScore, arXiv 2104.08718

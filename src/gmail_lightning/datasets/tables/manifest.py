@@ -22,7 +22,8 @@ from gmail_lightning.datasets.base import (
     one_line,
     own_pair_ids,
 )
-from gmail_lightning.datasets.columns import (
+from gmail_lightning.datasets.ids import MISSING, content_id, file_ids, id_column, id_text, running_numbers
+from gmail_lightning.datasets.tables.columns import (
     Kind,
     ids,
     is_binary,
@@ -32,7 +33,6 @@ from gmail_lightning.datasets.columns import (
     text_lists,
     texts,
 )
-from gmail_lightning.datasets.ids import MISSING, content_id, file_ids, id_column, id_text, running_numbers
 from gmail_lightning.types import Modality
 
 INTEGER = "-?[0-9]{1,18}"

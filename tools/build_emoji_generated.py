@@ -1,4 +1,4 @@
-"""Packs the generated hand: ``python build_generated.py STORE``, the folder that recipes/emoji/generate.yaml wrote."""
+"""Packs the generated hand of ``recipes/emoji/generate.yaml``: ``python tools/build_emoji_generated.py STORE``."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gmail_lightning.datasets import TarShards
+from gmail_lightning.datasets import TarShards, emoji
 
 
 def build(store: Path, out: Path) -> None:
@@ -26,4 +26,4 @@ def build(store: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]), Path(__file__).parent)
+    build(Path(sys.argv[1]), Path(emoji.__file__).parent)

@@ -38,7 +38,7 @@ def choose(rows: pa.RecordBatch, filter: Filter, split: str | None, score: str) 
     """Says which rows a filter keeps, and counts the others by their first reason.
 
     Args:
-        rows: ``columns`` of a :class:`~gmail_lightning.datasets.tar_rows.TarRows`.
+        rows: ``columns`` of a :class:`~gmail_lightning.datasets.tars.rows.TarRows`.
         filter: The conditions.
         split: Keep this split only.
         score: Column that ``top_share`` goes by.

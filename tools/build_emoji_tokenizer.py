@@ -1,4 +1,4 @@
-"""Tokenizer of the embedded captions: ``python -m gmail_lightning.datasets.emoji_pack.build_tokenizer FOLDER``.
+"""Tokenizer of the embedded captions: ``python tools/build_emoji_tokenizer.py FOLDER``.
 
 Byte-level pairs, learned on the English captions of all concepts, so that any other text is written in pieces. The chat
 template is that of LLaVA 1.5 without its system sentence.

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.ids import id_column, stable_ids
 from gmail_lightning.datasets.shards import MANIFEST
-from gmail_lightning.datasets.tar_index import tar_index
+from gmail_lightning.datasets.tars.index import tar_index
 
 STORE = ("key", "shard", "split", "modality", "image_id", "pair_id", "caption", "generator", "status", "reason")
 REPEATING = ("shard", "split", "modality", "generator", "status", "reason")  # few values, many rows

@@ -4,7 +4,7 @@ Encoding a text applies, again and again, the merge of lowest rank that fits. Ke
 in their order, gives the captions the same pieces as the whole table does; words outside fall back to smaller pieces,
 so no text is unknown. The file has the form that ``open_clip.tokenizer.SimpleTokenizer(bpe_path=...)`` reads.
 
-    python -m gmail_lightning.datasets.emoji_pack.build_merges
+    python tools/build_emoji_merges.py
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from open_clip.tokenizer import SimpleTokenizer, get_pairs
 
+import gmail_lightning
 from gmail_lightning.datasets.emoji import TEMPLATES, EmojiDataset
 
 
@@ -48,6 +49,6 @@ if __name__ == "__main__":
         captions += [caption for i in range(len(dataset)) for caption in dataset.captions(i)]
     merges = used_merges(SimpleTokenizer(), captions)
     lines = "\n".join(["#version: cut over the emoji captions", *(" ".join(pair) for pair in merges)])
-    out = Path(__file__).parents[2] / "models/emoji_clip/merges.txt.gz"
+    out = Path(gmail_lightning.__file__).parent / "models/emoji_clip/merges.txt.gz"
     out.write_bytes(gzip.compress(lines.encode(), 9, mtime=0))
     print(f"{len(merges)} merges, vocabulary of {len(merges) + 514}, {out.stat().st_size / 1e3:.0f} kB")

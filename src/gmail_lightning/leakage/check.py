@@ -10,9 +10,9 @@ from typing import Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from gmail_lightning.datamodules.overlap import PIXEL_DISTANCE, shared_captions, shared_image_ids, shared_pictures
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
 from gmail_lightning.distributed import on_first_rank
+from gmail_lightning.leakage.overlap import PIXEL_DISTANCE, shared_captions, shared_image_ids, shared_pictures
 
 Kind = Literal["caption", "image_id", "pixels"]
 KINDS: tuple[Kind, ...] = ("caption", "image_id", "pixels")

@@ -13,9 +13,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
-from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule, overlap
-from gmail_lightning.datamodules.leakage import KINDS, check_leakage
+from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import DataError, EmojiDataset, ImageFolder, ImageTextDataset, ManifestDataset, base
+from gmail_lightning.leakage import overlap
+from gmail_lightning.leakage.check import KINDS, check_leakage
 from gmail_lightning.transforms.image_hash import perceptual_hash
 from gmail_lightning.types import InputSpec
 

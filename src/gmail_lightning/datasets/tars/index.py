@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from gmail_lightning.cache import cache_folder
 from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.ids import id_text, known_by, read_at, stable_ids
-from gmail_lightning.datasets.tar_fields import FIELDS, TEXTS, parquet_beside, refuse_generated, with_parquet
-from gmail_lightning.datasets.tar_members import (
+from gmail_lightning.datasets.tars.fields import FIELDS, TEXTS, parquet_beside, refuse_generated, with_parquet
+from gmail_lightning.datasets.tars.members import (
     beside_sample,
     name_is_text,
     of_no_use,

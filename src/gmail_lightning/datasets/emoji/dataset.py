@@ -41,7 +41,7 @@ AND = {"en": " and ", "de": " und "}
 @cache
 def _read(name: str) -> dict[str, list[Any]]:
     """Reads one file of the pack into columns; several data sets of a process share it."""
-    with resources.files("gmail_lightning.datasets.emoji_pack").joinpath(f"{name}.parquet").open("rb") as file:
+    with resources.files("gmail_lightning.datasets.emoji").joinpath(f"{name}.parquet").open("rb") as file:
         columns: dict[str, list[Any]] = pq.read_table(file).to_pydict()
     return columns
 

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.ids import id_text
-from gmail_lightning.datasets.parsed import read_once
-from gmail_lightning.datasets.records import csv_records, json_records, refuse_twice
+from gmail_lightning.datasets.tables.parsed import read_once
+from gmail_lightning.datasets.tables.records import csv_records, json_records, refuse_twice
 
 Kind = Callable[[pa.ChunkedArray], pa.ChunkedArray]  # gives a column its type
 LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)

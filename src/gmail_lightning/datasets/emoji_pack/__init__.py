@@ -1,1 +1,0 @@
-"""Drawings and names of the concepts; see ``NOTICE.md`` for their authors and licences."""
