@@ -23,11 +23,11 @@ LAYERS = {
     "models": {"types", "distributed", "losses", "transforms"},
     "datasets": {"types", "cache", "transforms"},
     "samplers": {"types", "datasets"},
-    "datamodules": {"types", "datasets", "samplers", "transforms", "distributed"},
+    "generation": {"types", "transforms", "datasets", "models", "metrics"},
+    "datamodules": {"types", "datasets", "generation", "samplers", "transforms", "distributed"},
     "tasks": {"types", "distributed", "optim", "losses", "metrics", "transforms", "models"},
-    "callbacks": {"types", "distributed", "metrics", "models", "tasks", "datasets", "datamodules"},
+    "callbacks": {"types", "distributed", "metrics", "models", "tasks", "datasets", "datamodules", "generation"},
     "export": {"types", "models", "tasks"},
-    "repair": {"types", "metrics", "models", "datasets", "transforms"},
     "testing": {"types", "models", "datasets"},
 }
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0].removesuffix(".py") in LAYERS]

@@ -28,10 +28,10 @@ from gmail_lightning.callbacks import (
     ResultsWriter,
     SparseProgress,
 )
-from gmail_lightning.callbacks.generation_plan import Mode
 from gmail_lightning.datamodules import MixedModalityDataModule
 from gmail_lightning.datasets import DataError
 from gmail_lightning.distributed import decided_once
+from gmail_lightning.generation.assignment import Mode
 from gmail_lightning.hints import EPILOG, as_json, hint, import_class
 from gmail_lightning.runs import (
     RECORD,

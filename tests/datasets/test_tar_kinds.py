@@ -23,12 +23,12 @@ from tar_fixtures import png, sample, store_row, write_store, write_tar
 
 from gmail_lightning.datamodules import MixedModalityDataModule, StreamingDataModule
 from gmail_lightning.datamodules.mixed_modality import is_above
-from gmail_lightning.datamodules.prompt_table import PromptTable
 from gmail_lightning.datamodules.stream_rows import StreamRows
 from gmail_lightning.datamodules.stream_samples import ShardReader
 from gmail_lightning.datasets import DataError, ManifestDataset, TarShards, tar_index
 from gmail_lightning.datasets.base import ModalityName
 from gmail_lightning.datasets.tar_members import may_belong
+from gmail_lightning.generation.prompt_table import PromptTable
 
 Members = list[tuple[str, bytes]]
 

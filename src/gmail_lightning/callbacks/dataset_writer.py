@@ -19,20 +19,22 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from gmail_lightning.callbacks.dataset_card import dataset_card
-from gmail_lightning.callbacks.generation_plan import (
+from gmail_lightning.datamodules.prompts import PromptDataModule
+from gmail_lightning.datasets.shards import CARD, MANIFEST
+from gmail_lightning.distributed import on_first_rank
+from gmail_lightning.generation.assignment import (
     Mode,
     how_made,
     missing_shards,
     plan_images,
     refuse_other_folder,
 )
-from gmail_lightning.datamodules.prompts import PromptDataModule
-from gmail_lightning.datasets.audit import NEAR_DISTANCE
-from gmail_lightning.datasets.image_names import recipe_id
-from gmail_lightning.datasets.shard_writer import BackgroundWriter, ImageFormat
-from gmail_lightning.datasets.shards import CARD, MANIFEST, ShardStore
-from gmail_lightning.distributed import on_first_rank
+from gmail_lightning.generation.audit import NEAR_DISTANCE
+from gmail_lightning.generation.card import dataset_card
+from gmail_lightning.generation.image_names import recipe_id
+from gmail_lightning.generation.shard_writer import BackgroundWriter, ImageFormat
+from gmail_lightning.generation.store import ShardStore
+from gmail_lightning.generation.whole_files import write_text
 from gmail_lightning.tasks.image_generation import ImageGenerationTask, ScoredImages
 from gmail_lightning.types import PromptBatch
 
@@ -279,7 +281,7 @@ class DatasetWriter(Callback):
         recipe = self.store.read_recipe()
         assert recipe is not None
         card = dataset_card(self.store.folder, recipe, self.licences, [*data.leakage, *leakage], far)
-        self.store.write_text(CARD, card)
+        write_text(self.store.folder / CARD, card)
         self.store.remove_temporary(shards)
         status = pq.read_table(self.store.folder / MANIFEST, columns=["status"], partitioning=None)["status"]
         counts = {pair["values"]: pair["counts"] for pair in pc.value_counts(status).to_pylist()}

@@ -114,8 +114,7 @@ class MixedModalityDataModule(LightningDataModule):
         self.allow_overlap = dict(allow_overlap or {})
         refuse_unknown_sets(self.allow_overlap, self._evaluation_sets())
         self.input_spec = input_spec
-        #: Numbers of the rows that ``predict`` is left with, where a writer has the others; None for all.
-        self.only_predict: np.ndarray | None = None
+        self._to_predict: np.ndarray | None = None  # numbers of images, None for all
         self._sampler: MixedModalitySampler | None = None
         self._progress = _fresh_progress()
 
@@ -249,7 +248,15 @@ class MixedModalityDataModule(LightningDataModule):
         """Returns the loader of ``predict``."""
         rows = self.predict_rows()
         tell(self.datasets["predict"], need_captions=False)
-        return self._loader(rows if self.only_predict is None else Subset(rows, self.only_predict.tolist()), None)
+        return self._loader(rows if self._to_predict is None else Subset(rows, self._to_predict.tolist()), None)
+
+    def predict_only(self, rows: np.ndarray | None) -> None:
+        """Leaves ``predict`` with some of its images, where a writer has the others.
+
+        Args:
+            rows: Their numbers in ``predict_rows``, shape (n,); None for all.
+        """
+        self._to_predict = rows
 
     def predict_rows(self) -> EvaluationRows:
         """Returns the images of ``predict``, each once; ``row_id`` of a batch is their number.

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from gmail_lightning.datamodules.leakage import AllowedOverlap, Kind, check_leakage, refuse_unknown_sets
 from gmail_lightning.datamodules.mixed_modality import tell
 from gmail_lightning.datamodules.overlap import picture_hashes
-from gmail_lightning.datamodules.prompt_table import PromptBatches, PromptTable
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
 from gmail_lightning.distributed import on_first_rank
+from gmail_lightning.generation.prompt_table import PromptBatches, PromptTable
 
 
 class PromptDataModule(LightningDataModule):

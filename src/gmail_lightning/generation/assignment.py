@@ -13,8 +13,10 @@ import pyarrow.compute as pc
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from gmail_lightning.datasets.base import DataError
-from gmail_lightning.datasets.image_names import recipe_id
-from gmail_lightning.datasets.shards import RECIPE, Plan, ShardStore
+from gmail_lightning.datasets.shards import RECIPE
+from gmail_lightning.generation.image_names import recipe_id
+from gmail_lightning.generation.plan import Plan
+from gmail_lightning.generation.store import ShardStore
 
 Mode = Literal["incremental", "overwrite", "extend"]
 Made = dict[str, dict[str, Any]]

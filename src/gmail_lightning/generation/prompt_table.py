@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from gmail_lightning.datasets.base import DataError, ImageTextDataset, one_line
-from gmail_lightning.datasets.image_names import image_key, image_keys, image_seed, prompt_id, prompt_number
-from gmail_lightning.datasets.shards import refuse_foreign_columns
+from gmail_lightning.datasets.shards import SCHEMA
+from gmail_lightning.generation.image_names import image_key, image_keys, image_seed, prompt_id, prompt_number
 from gmail_lightning.types import PromptBatch
 
 
@@ -93,7 +93,7 @@ class PromptTable:
 def _prompts(number: int, dataset: ImageTextDataset, captions_per_row: int | None) -> tuple[np.ndarray, ...]:
     """Columns of the prompts of one data set: prompt, image id, pair id, data set, row, number of the caption."""
     if len(dataset):
-        refuse_foreign_columns(dataset.columns(0))
+        _refuse_foreign_columns(dataset.columns(0))
     chunks = [[np.empty(0, dtype) for dtype in (np.uint64, np.int64, np.int16)]]
     for texts, row in dataset.caption_blocks():
         caption = np.arange(len(row)) - np.searchsorted(row, row)  # number of the caption within its row
@@ -121,3 +121,10 @@ class PromptBatches:
         for shard, rows in self.shards:
             for start in range(0, len(rows), self.batch_size):
                 yield self.table.batch(shard, rows[start : start + self.batch_size], self.recipe)
+
+
+def _refuse_foreign_columns(names: Iterable[str]) -> None:
+    """Refuses columns of a data set that the manifest has itself."""
+    clash = sorted(set(names) & set(SCHEMA.names))
+    if clash:
+        raise DataError(f"The manifest has columns of its own named {', '.join(clash)}: rename those of the data set.")
