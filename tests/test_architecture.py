@@ -45,6 +45,17 @@ def test_imports_point_down(path: Path) -> None:
     assert imported - {own} <= LAYERS[own]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "generation").rglob("*.py")), ids=lambda p: p.stem)
+def test_making_data_knows_no_lightning(path: Path) -> None:
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    assert not [name for name in imported if str(name).partition(".")[0] == "lightning"]
+
+
 def imported_files(path: Path) -> set[Path]:
     """Files of the package that a file imports, anywhere in it."""
     found = set()

@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import gmail_lightning.models  # noqa: F401  short class names resolve once their module is imported
@@ -246,8 +246,11 @@ class GmailCLI(LightningCLI):
         self._refuse_untrained()
 
     def before_predict(self) -> None:
-        """Refuses to predict with random weights."""
+        """Refuses to predict with random weights, and keeps no predictions that nobody is handed at the end."""
         self._refuse_untrained()
+        settings = self.config_init[self.subcommand]
+        if settings.return_predictions is None and not _has(cast(Any, self.trainer).callbacks, BasePredictionWriter):
+            settings.return_predictions = False
 
     def _refuse_untrained(self) -> None:
         config = self.config[self.subcommand]

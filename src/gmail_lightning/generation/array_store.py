@@ -43,8 +43,9 @@ class ArrayStore:
     ) -> None:
         self.folder, self.file, self.rows, self.overwrite = folder, file, rows, overwrite
         self.kind = {FEATURES: "feature store", TOKEN_IDS: "token store"}[file]
-        self.record = {**record, "count": len(rows), "images": images_digest(rows)}
-        self.parts = Parts(folder / PARTS, len(rows), self.record, seconds)
+        made = {**record, "count": len(rows), "images": images_digest(rows)}
+        self.parts = Parts(folder / PARTS, len(rows), made, seconds)
+        self.record = self.parts.record
         self._compare = compare
 
     @property

@@ -9,6 +9,7 @@ what becomes of all parts is another's business: ``ArrayStore``, ``CaptionFile``
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +39,8 @@ class Parts:
     """
 
     def __init__(self, folder: Path, count: int | None, record: Record, seconds: float = 60.0) -> None:
-        self.folder, self.count, self.record, self.seconds = folder, count, record, seconds
+        self.folder, self.count, self.seconds = folder, count, seconds
+        self.record: Record = json.loads(json.dumps(record))  # as it comes back
         self._rows: list[tuple[np.ndarray, Columns]] = []
         self._kept, self._widest = 0, 0  # number of rows, and the most bytes of one: texts are padded to the longest
         self._last = time.monotonic()

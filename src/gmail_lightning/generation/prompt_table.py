@@ -77,6 +77,15 @@ class PromptTable:
             **self.datasets[self.dataset[prompt]].columns(int(self.row[prompt])),
         }
 
+    def manifest_rows(self, batch: PromptBatch, recipe: str) -> list[dict[str, Any]]:
+        """What the manifest says of the images of a batch before they are made."""
+        return [
+            {"key": self.key(row, recipe), **self.columns(row), "caption": caption, "prompt": prompt, "seed": seed}
+            for row, caption, prompt, seed in zip(
+                batch["row"], batch["caption"], batch["prompt"], batch["seed"], strict=True
+            )
+        ]
+
     def batch(self, shard: str, rows: np.ndarray, recipe: str) -> PromptBatch:
         """The prompts of some images of a shard."""
         index = rows.tolist()
