@@ -203,5 +203,10 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
         embed(tmp_path / "b", datasets=[NOVEL, EmojiDataset("noto", modality="generated")])
     with pytest.raises(ValueError, match="Unknown dtype 'bfloat16'"):
         FeatureWriter("c", dtype="bfloat16")
+    trainer.save_checkpoint(tmp_path / "task.ckpt")
+    with pytest.raises(MisconfigurationException, match="EmbeddingTask takes no ckpt_path"):
+        trainer.predict(
+            EmbeddingTask(encoder()), MixedModalityDataModule(predict=NOVEL), ckpt_path=tmp_path / "task.ckpt"
+        )
     with pytest.raises(MisconfigurationException, match="FeatureWriter writes what EmbeddingTask makes"):
         trainer.predict(AlignmentTask(encoder()), MixedModalityDataModule(predict=NOVEL))

@@ -13,14 +13,15 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.distributed.tensor import DTensor
 
-from gmail_lightning.callbacks.resumption import begin, end, predict_missing, stop_if_told
+from gmail_lightning.callbacks.resumption import begin, end, stop_if_told
 from gmail_lightning.datamodules import MixedModalityDataModule
 from gmail_lightning.datamodules.rows import EvaluationRows
 from gmail_lightning.datasets.base import DataError, one_line
 from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.generation.captions import CaptionFile, unlisted_rows
-from gmail_lightning.generation.parts import Record
+from gmail_lightning.generation.parts import Record, with_work_for_all
 from gmail_lightning.generation.rows import image_columns, images_digest
 
 
@@ -50,7 +51,7 @@ class CocoResultWriter(Callback):
         self._unlisted = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks at what is there, and tells the data module which images are missing.
+        """Lets the data module ask which images are missing.
 
         Raises:
             DataError: If two images have one ``image_id``.
@@ -66,15 +67,24 @@ class CocoResultWriter(Callback):
         if cast(Any, trainer).fast_dev_run:
             return
         on_first_rank(partial(file.parent.mkdir, parents=True, exist_ok=True), trainer)
-        record = {**_record(trainer, pl_module, rows), "sample_keys": self.sample_keys}
-        self._captions = CaptionFile(file, None if rows is None else len(rows), record, self.seconds)
-        missing, removed = begin(self._captions.begin, trainer)
-        if removed is not None:
-            rank_zero_warn(f"{self._captions.parts.folder}: captions of another run are removed ({removed}).")
         if isinstance(data, MixedModalityDataModule) and rows is not None:
-            if len(missing) < len(rows):
-                rank_zero_info(f"{file}: {len(rows)} images, of which {len(missing)} are to be captioned.")
-            predict_missing(data, missing, len(rows), trainer)
+            data.predict_only(partial(self._missing, trainer, pl_module, file, rows))
+        else:
+            self._captions = self._begin(trainer, CaptionFile(file, None, {}, self.seconds))[0]
+
+    def _missing(self, trainer: Trainer, task: LightningModule, file: Path, rows: EvaluationRows) -> np.ndarray:
+        """Looks at what is there; it is asked for when the checkpoint is known."""
+        record = {**_record(trainer, task, rows), "sample_keys": self.sample_keys}
+        self._captions, missing = self._begin(trainer, CaptionFile(file, len(rows), record, self.seconds))
+        if len(missing) < len(rows):
+            rank_zero_info(f"{file}: {len(rows)} images, of which {len(missing)} are to be captioned.")
+        return with_work_for_all(missing, len(rows), trainer.world_size)
+
+    def _begin(self, trainer: Trainer, captions: CaptionFile) -> tuple[CaptionFile, np.ndarray]:
+        missing, removed = begin(captions.begin, trainer)
+        if removed is not None:
+            rank_zero_warn(f"{captions.parts.folder}: captions of another run are removed ({removed}).")
+        return captions, missing
 
     def on_predict_batch_end(
         self,
@@ -132,16 +142,13 @@ class CocoResultWriter(Callback):
         rank_zero_info(finished.message)
 
 
-def _record(trainer: Trainer, task: LightningModule, rows: EvaluationRows | None) -> Record:
-    """What captions depend on: the images, the task, its settings, and its weights, by their file where there is one.
-
-    The checkpoint is not loaded yet when this is asked, so weights of a file are not looked at.
-    """
+def _record(trainer: Trainer, task: LightningModule, rows: EvaluationRows) -> Record:
+    """What captions depend on: the images, the task and its settings, and the weights, by their file if there is one."""
     checkpoint = Path(str(trainer.ckpt_path)) if trainer.ckpt_path else None
     status = checkpoint.stat() if checkpoint is not None and checkpoint.exists() else None
     settings = json.dumps(dict(task.hparams), default=lambda value: type(value).__name__)
     return {
-        "images": None if rows is None else images_digest(image_columns(_located(rows))),
+        "images": images_digest(image_columns([rows.table.locate(row) for row in rows.first.tolist()])),
         "task": type(task).__name__,
         "settings": hashlib.sha256(settings.encode()).hexdigest(),
         "checkpoint": str(checkpoint) if status is None else [status.st_size, status.st_mtime_ns],
@@ -150,30 +157,27 @@ def _record(trainer: Trainer, task: LightningModule, rows: EvaluationRows | None
     }
 
 
-def _located(rows: EvaluationRows) -> list[tuple[Any, int]]:
-    return [rows.table.locate(row) for row in rows.first.tolist()]
-
-
 def _weights_digest(task: LightningModule) -> str:
-    """Tells what is trained apart from what it was before; what is not built yet has its shape alone."""
+    """Tells what is trained apart from what it was before."""
     digest = hashlib.sha256()
     for name, weight in task.named_parameters():
         if weight.requires_grad:
             digest.update(f"{name} {tuple(weight.shape)}".encode())
-            if not weight.is_meta:
-                digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+            share = weight.to_local() if isinstance(weight, DTensor) else weight  # no collective on one process alone
+            digest.update(share.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _refuse_shared_ids(rows: EvaluationRows) -> None:
     ids = rows.table.image_id[rows.first]
-    order = np.argsort(ids, kind="stable")
-    twice = np.flatnonzero(ids[order][1:] == ids[order][:-1])
-    if len(twice):
-        one, other = rows.first[order[twice[0] : twice[0] + 2]].tolist()
+    _, first, group = np.unique(ids, return_index=True, return_inverse=True)
+    earliest = first[group]  # image of the same id
+    later = np.flatnonzero(earliest != np.arange(len(ids)))
+    if len(later):
+        one, other = rows.first[[earliest[later[0]], later[0]]].tolist()
         raise DataError(
             f"{rows.table.describe(one)} and {rows.table.describe(other)} have the same image_id "
-            f"{rows.table.image_id[one]} ({len(twice)} such images), and COCO results hold one caption per image_id. "
+            f"{rows.table.image_id[one]} ({len(later)} such images), and COCO results hold one caption per image_id. "
             "Predict real and generated images, or data sets that share images, apart; or use PredictionWriter, which "
             "goes by sample_key."
         )

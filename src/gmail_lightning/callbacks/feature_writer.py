@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,12 +14,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from gmail_lightning.callbacks.resumption import begin, end, predict_missing, stop_if_told
+from gmail_lightning.callbacks.resumption import begin, end, stop_if_told
 from gmail_lightning.datamodules.mixed_modality import MixedModalityDataModule
 from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.store_files import FEATURES
 from gmail_lightning.generation.array_store import ArrayStore
-from gmail_lightning.generation.parts import Record, first_difference
+from gmail_lightning.generation.parts import Record, first_difference, with_work_for_all
 from gmail_lightning.generation.rows import store_columns
 from gmail_lightning.models.fingerprint import fingerprint_difference, probe_difference
 from gmail_lightning.tasks.embedding import EmbeddingTask
@@ -49,7 +51,7 @@ class FeatureWriter(Callback):
         self._store: ArrayStore | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks at the folder, and tells the data module which rows are missing.
+        """Lets the data module ask which rows are missing.
 
         Raises:
             MisconfigurationException: If the folder holds a finished store, one that is being made with something else,
@@ -61,10 +63,6 @@ class FeatureWriter(Callback):
             raise MisconfigurationException(
                 "FeatureWriter writes what EmbeddingTask makes of the predict data sets of MixedModalityDataModule, "
                 f"with predict; here are {type(pl_module).__name__} and {type(data).__name__}."
-            )
-        if trainer.ckpt_path:
-            raise MisconfigurationException(
-                "EmbeddingTask takes no ckpt_path: give the checkpoint of the alignment as model.init_args.aligned."
             )
         cast(Any, trainer).predict_loop.return_predictions = False  # they would be kept until the end
         images = data.predict_rows()
@@ -80,9 +78,17 @@ class FeatureWriter(Callback):
             seconds=self.seconds,
             compare=features_difference,
         )
-        missing = begin(self._store.begin, trainer)
-        rank_zero_info(f"{self.folder}: {len(rows)} images, of which {len(missing)} are to be embedded.")
-        predict_missing(data, missing, len(rows), trainer)
+        data.predict_only(partial(self._missing, trainer, self._store))
+
+    def _missing(self, trainer: Trainer, store: ArrayStore) -> np.ndarray:
+        """Looks at the folder; it is asked for when Lightning knows whether there is a checkpoint."""
+        if trainer.ckpt_path:
+            raise MisconfigurationException(
+                "EmbeddingTask takes no ckpt_path: give the checkpoint of the alignment as model.init_args.aligned."
+            )
+        missing = begin(store.begin, trainer)
+        rank_zero_info(f"{self.folder}: {len(store.rows)} images, of which {len(missing)} are to be embedded.")
+        return with_work_for_all(missing, len(store.rows), trainer.world_size)
 
     def on_predict_batch_end(
         self,

@@ -6,15 +6,13 @@ import signal
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from gmail_lightning.datamodules.mixed_modality import MixedModalityDataModule
 from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.generation.errors import FolderError
-from gmail_lightning.generation.parts import Parts, with_work_for_all
+from gmail_lightning.generation.parts import Parts
 
 T = TypeVar("T")
 
@@ -29,18 +27,6 @@ def begin(work: Callable[[], T], trainer: Trainer) -> T:
         return on_first_rank(work, trainer)
     except FolderError as error:
         raise MisconfigurationException(str(error)) from error
-
-
-def predict_missing(data: MixedModalityDataModule, missing: np.ndarray, count: int, trainer: Trainer) -> None:
-    """Leaves the data module with the rows that are missing, but no process without one.
-
-    Args:
-        data: Of the run.
-        missing: Numbers of rows.
-        count: Number of all rows.
-        trainer: Of the run.
-    """
-    data.predict_only(with_work_for_all(missing, count, trainer.world_size))
 
 
 def stop_if_told(trainer: Trainer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, cast
 
@@ -114,7 +114,7 @@ class MixedModalityDataModule(LightningDataModule):
         self.allow_overlap = dict(allow_overlap or {})
         refuse_unknown_sets(self.allow_overlap, self._evaluation_sets())
         self.input_spec = input_spec
-        self._to_predict: np.ndarray | None = None  # numbers of images, None for all
+        self._choose: Callable[[], np.ndarray] | None = None
         self._sampler: MixedModalitySampler | None = None
         self._progress = _fresh_progress()
 
@@ -248,15 +248,16 @@ class MixedModalityDataModule(LightningDataModule):
         """Returns the loader of ``predict``."""
         rows = self.predict_rows()
         tell(self.datasets["predict"], need_captions=False)
-        return self._loader(rows if self._to_predict is None else Subset(rows, self._to_predict.tolist()), None)
+        return self._loader(rows if self._choose is None else Subset(rows, self._choose().tolist()), None)
 
-    def predict_only(self, rows: np.ndarray | None) -> None:
+    def predict_only(self, choose: Callable[[], np.ndarray] | None) -> None:
         """Leaves ``predict`` with some of its images, where a writer has the others.
 
         Args:
-            rows: Their numbers in ``predict_rows``, shape (n,); None for all.
+            choose: Returns their numbers in ``predict_rows``, shape (n,); asked when the loader is made, after the
+                weights of a checkpoint were loaded. None takes all.
         """
-        self._to_predict = rows
+        self._choose = choose
 
     def predict_rows(self) -> EvaluationRows:
         """Returns the images of ``predict``, each once; ``row_id`` of a batch is their number.

@@ -139,8 +139,8 @@ def missing_shards(
             f"{wanted.filter(position.is_null())[0].as_py()}, are not among the prompts of this run. Finish these "
             "shards with the captions and the recipe they were planned for, or begin anew by --mode overwrite."
         )
-    ends = np.cumsum([len(range(*plan.rows(number).indices(len(plan)))) for number in numbers])
-    rows = np.split(position.to_numpy().astype(np.int64), ends[:-1])
+    ends = np.cumsum([plan.size(number) for number in numbers])
+    rows = np.split(position.to_numpy().astype(np.int64), ends[:-1])  # shard by shard
     return [(plan.shards[number], part) for number, part in zip(numbers, rows, strict=True)]
 
 

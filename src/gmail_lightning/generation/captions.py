@@ -11,6 +11,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from gmail_lightning.generation.parts import Parts, Record, first_difference
+from gmail_lightning.generation.plan import run_starts
 from gmail_lightning.generation.whole_files import whole_file
 
 ENTRY, IMAGE_ID = "entry", "image_id"  # columns of a part
@@ -73,9 +74,10 @@ class CaptionFile:
         missing = len(self.parts.missing())
         with tempfile.TemporaryFile(dir=self.path.parent) as file:
             lines, row_id, image_id = self._spread(file)
-            order = np.lexsort((row_id, image_id))
-            order = order[_is_first(row_id[order])]  # a relaunch may make a few rows again
-            is_first = _is_first(image_id[order])
+            order = np.lexsort((row_id, image_id))  # by image, then by row
+            order = order[run_starts(row_id[order])]  # a relaunch may make a few rows again
+            is_first = np.zeros(len(order), dtype=bool)
+            is_first[run_starts(image_id[order])] = True
             warning = _repeated(lines, row_id, order, is_first)
             self._write(lines[number] for number in order[is_first].tolist())
         message = f"Captions of {is_first.sum()} images: {self.path}"
@@ -126,13 +128,6 @@ def unlisted_rows(process: int, made: int, count: int) -> np.ndarray:
     They are unlike those of all other processes, and lower than those of later ones.
     """
     return np.arange(count, dtype=np.int64) + made + process * SHARE
-
-
-def _is_first(values: np.ndarray) -> np.ndarray:
-    """Whether each of some values (N,), equal ones side by side, is the first of its kind."""
-    is_first = np.ones(len(values), dtype=bool)
-    is_first[1:] = values[1:] != values[:-1]
-    return is_first
 
 
 def _repeated(lines: LinesOnDisk, row_id: np.ndarray, order: np.ndarray, is_first: np.ndarray) -> str | None:

@@ -34,15 +34,37 @@ class Plan:
         """Number of keys of each shard."""
         return dict(zip(self.shards, np.diff(self.starts).tolist(), strict=True))
 
+    def size(self, number: int) -> int:
+        """Number of keys of a shard."""
+        return int(self.starts[number + 1] - self.starts[number])
+
     def extended(self, keys: pa.Array, split: str, shard_size: int) -> Plan:
         """The plan with new shards at its end for those ``keys`` that it lacks, in their order."""
         new = keys.filter(pc.invert(pc.is_in(keys, value_set=self.keys))) if len(self) else keys
         if not len(new):
             return self
-        starts = np.append(np.arange(0, len(new), shard_size), len(new)) + len(self)
+        ends = len(self) + block_ends(len(new), shard_size)
         first = len(self.shards)
-        names = [f"{split}-{first + i:06d}" for i in range(len(starts) - 1)]
-        return Plan(pa.concat_arrays([self.keys, new]), [*self.shards, *names], np.append(self.starts, starts[1:]))
+        names = [f"{split}-{number:06d}" for number in range(first, first + len(ends))]
+        return Plan(pa.concat_arrays([self.keys, new]), [*self.shards, *names], np.append(self.starts, ends))
 
 
 EMPTY = Plan(pa.array([], pa.large_string()), [], np.zeros(1, dtype=np.int64))
+
+
+def block_ends(count: int, size: int) -> np.ndarray:
+    """Where blocks of ``size`` end that ``count`` things are cut into; the last may be smaller.
+
+    >>> block_ends(7, 3).tolist()
+    [3, 6, 7]
+    """
+    return np.append(np.arange(size, count, size), count)
+
+
+def run_starts(values: np.ndarray) -> np.ndarray:
+    """Where runs of equal values begin.
+
+    >>> run_starts(np.array([4, 4, 2, 2, 2, 4])).tolist()
+    [0, 2, 5]
+    """
+    return np.flatnonzero(np.append(True, values[1:] != values[:-1])[: len(values)])

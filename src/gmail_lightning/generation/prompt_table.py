@@ -46,6 +46,10 @@ class PromptTable:
     def __len__(self) -> int:
         return len(self.prompt) * self.images_per_caption
 
+    def _place(self, index: int) -> tuple[int, int]:
+        """Number of the prompt of an image, and of the image among those of its prompt."""
+        return divmod(index, self.images_per_caption)
+
     def keys(self, recipe: str) -> pa.Array:
         """Names of all images, in order."""
         return image_keys(self.prompt, self.images_per_caption, recipe)
@@ -57,18 +61,18 @@ class PromptTable:
 
     def caption(self, index: int) -> str:
         """The caption of an image, on one line."""
-        prompt = index // self.images_per_caption
+        prompt, _ = self._place(index)
         dataset = self.datasets[self.dataset[prompt]]
         return one_line(dataset.captions(int(self.row[prompt]))[self._caption[prompt]])
 
     def key(self, index: int, recipe: str) -> str:
         """Name of an image."""
-        prompt, image_index = divmod(index, self.images_per_caption)
+        prompt, image_index = self._place(index)
         return image_key(prompt_id(int(self.prompt[prompt])), image_index, recipe)
 
     def columns(self, index: int) -> dict[str, Any]:
         """What the manifest takes over from the row behind an image."""
-        prompt, image_index = divmod(index, self.images_per_caption)
+        prompt, image_index = self._place(index)
         return {
             "prompt_id": prompt_id(int(self.prompt[prompt])),
             "image_index": image_index,

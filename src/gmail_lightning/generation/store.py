@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from gmail_lightning.datasets.shards import CARD, MANIFEST, PLAN, RECIPE, SCHEMA
 from gmail_lightning.datasets.tar_index import remove_index
 from gmail_lightning.generation.audit import audit_rows
-from gmail_lightning.generation.plan import EMPTY, Plan
+from gmail_lightning.generation.plan import EMPTY, Plan, run_starts
 from gmail_lightning.generation.whole_files import TEMPORARY, temporary, write_table, write_text
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class ShardStore:
         table = pq.read_table(path, read_dictionary=["shard"], partitioning=None)
         shard = table["shard"].combine_chunks()
         codes = np.asarray(shard.indices)
-        first = np.flatnonzero(np.diff(codes, prepend=-1))
+        first = run_starts(codes)
         names = shard.dictionary.take(pa.array(codes[first])).to_pylist()
         return Plan(table["key"].combine_chunks().cast(pa.large_string()), names, np.append(first, len(table)))
 
