@@ -143,7 +143,7 @@ class CocoResultWriter(Callback):
 
 
 def _record(trainer: Trainer, task: LightningModule, rows: EvaluationRows) -> Record:
-    """What captions depend on: the images, the task and its settings, and the weights, by their file if there is one."""
+    """What captions depend on: the images, the task and its settings, and weights, by their file if there is one."""
     checkpoint = Path(str(trainer.ckpt_path)) if trainer.ckpt_path else None
     status = checkpoint.stat() if checkpoint is not None and checkpoint.exists() else None
     settings = json.dumps(dict(task.hparams), default=lambda value: type(value).__name__)

@@ -67,4 +67,6 @@ def run_starts(values: np.ndarray) -> np.ndarray:
     >>> run_starts(np.array([4, 4, 2, 2, 2, 4])).tolist()
     [0, 2, 5]
     """
-    return np.flatnonzero(np.append(True, values[1:] != values[:-1])[: len(values)])
+    begins = np.ones(len(values), dtype=bool)
+    begins[1:] = values[1:] != values[:-1]
+    return np.flatnonzero(begins)
