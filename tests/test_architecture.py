@@ -24,11 +24,11 @@ LAYERS = {
     "datasets": {"types", "cache", "transforms"},
     "leakage": {"types", "transforms", "distributed", "datasets"},
     "samplers": {"types", "datasets"},
-    "datamodules": {"types", "distributed", "datasets", "leakage", "samplers"},
+    "generation": {"types", "transforms", "datasets", "models", "metrics"},
+    "datamodules": {"types", "distributed", "datasets", "leakage", "samplers", "generation"},
     "tasks": {"types", "distributed", "optim", "losses", "metrics", "transforms", "models"},
-    "callbacks": {"types", "distributed", "metrics", "models", "tasks", "datasets", "datamodules"},
+    "callbacks": {"types", "distributed", "metrics", "models", "tasks", "datasets", "datamodules", "generation"},
     "export": {"types", "models", "tasks"},
-    "repair": {"types", "metrics", "models", "datasets", "transforms"},
     "testing": {"types", "models", "datasets"},
 }
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0].removesuffix(".py") in LAYERS]
@@ -44,6 +44,17 @@ def test_imports_point_down(path: Path) -> None:
         elif isinstance(node, ast.Import):
             imported |= {a.name.split(".")[1] for a in node.names if a.name.startswith("gmail_lightning.")}
     assert imported - {own} <= LAYERS[own]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "generation").rglob("*.py")), ids=lambda p: p.stem)
+def test_making_data_knows_no_lightning(path: Path) -> None:
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    assert not [name for name in imported if str(name).partition(".")[0] == "lightning"]
 
 
 def imported_files(path: Path) -> set[Path]:

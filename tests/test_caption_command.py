@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gmail_lightning.callbacks import CocoResultWriter
 from gmail_lightning.datasets import EmojiDataset
 from gmail_lightning.main import main, recipes_folder
 from gmail_lightning.tasks import CaptioningTask
@@ -42,7 +43,14 @@ def test_fit_predict_and_validate_write_captions(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("GMAIL_LIGHTNING_RUN_DIR", raising=False)
     sets = json.dumps([{"class_path": "EmojiDataset", "init_args": {"concept_set": "novel"}}])
     given = ["--ckpt_path", str(checkpoint), "--data.init_args.predict", sets, "--trainer.limit_predict_batches=1"]
+    kept: list[bool] = []
+    write = CocoResultWriter.on_predict_end
+    monkeypatch.setattr(
+        CocoResultWriter, "on_predict_end",
+        lambda self, trainer, task: (kept.append(trainer.predict_loop.return_predictions), write(self, trainer, task)),
+    )  # fmt: skip
     assert main(["predict", *CLIPCAP, *given]) == 0
+    assert kept == [False]  # Lightning would keep all captions until the end
     (path,) = run.rglob("captions.json")
     rows = json.loads(path.read_text())
     images = EmojiDataset(concept_set="novel")

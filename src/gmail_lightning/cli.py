@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import gmail_lightning.models  # noqa: F401  short class names resolve once their module is imported
@@ -28,10 +28,10 @@ from gmail_lightning.callbacks import (
     ResultsWriter,
     SparseProgress,
 )
-from gmail_lightning.callbacks.generation_plan import Mode
 from gmail_lightning.datamodules import ImageTextDataModule
 from gmail_lightning.datasets import DataError
 from gmail_lightning.distributed import decided_once
+from gmail_lightning.generation.assignment import Mode
 from gmail_lightning.hints import EPILOG, as_json, hint, import_class
 from gmail_lightning.models.branches.first_edition import converted
 from gmail_lightning.models.restoring import restoring
@@ -248,8 +248,11 @@ class GmailCLI(LightningCLI):
         self._refuse_untrained()
 
     def before_predict(self) -> None:
-        """Refuses to predict with random weights."""
+        """Refuses to predict with random weights, and keeps no predictions that nobody is handed at the end."""
         self._refuse_untrained()
+        settings = self.config_init[self.subcommand]
+        if settings.return_predictions is None and not _has(cast(Any, self.trainer).callbacks, BasePredictionWriter):
+            settings.return_predictions = False
 
     def _refuse_untrained(self) -> None:
         config = self.config[self.subcommand]

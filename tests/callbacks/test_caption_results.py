@@ -1,6 +1,8 @@
-"""Captions in COCO's result format: every image once, in order, on any number of processes."""
+"""Captions in COCO's result format: every image once, in order, on any number of processes, after any interruption."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +146,133 @@ def test_two_processes_write_one_file_and_one_gallery(tmp_path: Path) -> None:
     (page,) = (tmp_path / "captions").iterdir()
     assert page.name == "novel-validate.html"
     assert page.read_text().count("<article") == 4
+
+
+# Interruptions
+
+NOTO = EmojiDataset("noto", "novel")
+
+
+class Counted(EchoTask):
+    """Tells in files which images it has captioned."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.folder = folder
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        made = self.folder / f"made-{self.global_rank}-{batch_idx}"
+        made.write_text("\n".join(batch["sample_key"]))
+        return super().predict_step(batch, batch_idx)
+
+
+def made(folder: Path) -> list[str]:
+    """Keys of the images that were captioned since this was last asked."""
+    paths = list(folder.glob("made-*"))
+    keys = [key for path in paths for key in path.read_text().split("\n")]
+    for path in paths:
+        path.unlink()
+    return keys
+
+
+def caption(folder: Path, task: EchoTask, data: Any = None, ckpt_path: str | None = None, **settings: Any) -> None:
+    data = data or MixedModalityDataModule(predict=[NOTO], eval_batch_size=50)
+    writer = CocoResultWriter(str(folder / "out.json"), sample_keys=True, seconds=0.0)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, callbacks=[writer], **settings,
+    )  # fmt: skip
+    trainer.predict(task, data, ckpt_path=ckpt_path)
+    if data.input_spec is not None:  # set up in this process
+        assert len(data.predict_dataloader().dataset) == len(data.predict_rows())  # nothing is left out any more
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("whole")
+    caption(folder, EchoTask())
+    keys = {int(image_id): NOTO.sample_key(row) for row, image_id in enumerate(NOTO.image_id)}
+    whole = (folder / "out.json").read_bytes()
+    assert json.loads(whole) == [
+        {"image_id": i, "caption": f"{keys[i]} at 0", "sample_key": keys[i]} for i in sorted(keys)
+    ]
+    return whole
+
+
+def test_a_run_cut_short_goes_on_at_another_world_size(tmp_path: Path, uninterrupted: bytes) -> None:
+    caption(tmp_path, Counted(tmp_path), limit_predict_batches=3)
+    first = made(tmp_path)
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert sorted(row["sample_key"] for row in rows) == sorted(first)  # what there is, is told
+    assert len(first) == 150
+    caption(tmp_path, Counted(tmp_path), devices=2, strategy="ddp_fork")
+    second = made(tmp_path)
+    assert sorted(first + second) == sorted(NOTO.sample_key(row) for row in range(len(NOTO)))  # none twice
+    assert (tmp_path / "out.json").read_bytes() == uninterrupted
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_termination_loses_nothing(tmp_path: Path, uninterrupted: bytes) -> None:
+    class Terminated(Counted):
+        is_armed = True
+
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+            if self.is_armed and batch_idx == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().predict_step(batch, batch_idx)
+
+    with pytest.raises(SystemExit) as left:
+        caption(tmp_path, Terminated(tmp_path))
+    assert left.value.code == 143
+    assert len(made(tmp_path)) == 150
+    assert not (tmp_path / "out.json").exists()
+    Terminated.is_armed = False
+    caption(tmp_path, Terminated(tmp_path), limit_predict_batches=2)
+    assert len(made(tmp_path)) == 100
+    caption(tmp_path, Terminated(tmp_path))
+    assert len(made(tmp_path)) == len(NOTO) - 250
+    assert (tmp_path / "out.json").read_bytes() == uninterrupted
+
+
+def test_an_error_loses_nothing(tmp_path: Path, uninterrupted: bytes) -> None:
+    gone = []
+
+    def write(key: str, step: int) -> str:
+        gone.append(key)
+        if len(gone) == 130:
+            raise ConnectionError("the machine is gone")
+        return f"{key} at {step}"
+
+    with pytest.raises(ConnectionError):
+        caption(tmp_path, EchoTask(write))
+    caption(tmp_path, EchoTask(write))
+    assert len(gone) == 130 + len(NOTO) - 100
+    assert (tmp_path / "out.json").read_bytes() == uninterrupted
+
+
+@pytest.mark.parametrize("changed", ["weights", "checkpoint", "images", "task"])
+def test_captions_of_something_else_are_made_anew(tmp_path: Path, uninterrupted: bytes, changed: str) -> None:
+    checkpoint = tmp_path / "echo.ckpt"
+
+    def saved(weight: float) -> str:
+        task = EchoTask()
+        torch.nn.init.constant_(task.weight, weight)
+        trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+        trainer.strategy.connect(task)
+        trainer.save_checkpoint(checkpoint)
+        return str(checkpoint)
+
+    given = {"ckpt_path": saved(1.0)} if changed == "checkpoint" else {}
+    before = {"data": MixedModalityDataModule(predict=[EmojiDataset("noto")])} if changed == "images" else {}
+    task = Counted(tmp_path) if changed == "task" else EchoTask()
+    caption(tmp_path, task, **before, **given, limit_predict_batches=1)
+    made(tmp_path)
+    if changed == "checkpoint":
+        saved(1.0)
+        os.utime(checkpoint, ns=(0, 0))
+    task = EchoTask()
+    if changed == "weights":
+        torch.nn.init.constant_(task.weight, 2.0)
+    with pytest.warns(UserWarning, match=rf"captions of another run are removed \({changed}: "):
+        caption(tmp_path, task, **given)
+    assert (tmp_path / "out.json").read_bytes() == uninterrupted

@@ -44,7 +44,7 @@ def embed(
     )  # fmt: skip
     data = MixedModalityDataModule(predict=datasets, batch_size=batch_size)
     trainer.predict(EmbeddingTask(encoder(seed), None if layer is None else PatchTokens(layer)), data)
-    assert data.only_predict is None
+    assert len(data.predict_dataloader().dataset) == len(data.predict_rows())  # nothing is left out any more
 
 
 def live(batch_size: int, layer: int | None = None) -> np.ndarray:
@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_store(tmp_path: Path) -> None
 def test_a_run_killed_before_the_store_was_made_valid_ends_it(tmp_path: Path) -> None:
     class Break(FeatureWriter):
         def on_predict_end(self, trainer, task) -> None:
-            self._flush()
+            self._store.parts.flush()
 
     out = tmp_path / "store"
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[Break(str(out))])
@@ -203,5 +203,10 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
         embed(tmp_path / "b", datasets=[NOVEL, EmojiDataset("noto", modality="generated")])
     with pytest.raises(ValueError, match="Unknown dtype 'bfloat16'"):
         FeatureWriter("c", dtype="bfloat16")
+    trainer.save_checkpoint(tmp_path / "task.ckpt")
+    with pytest.raises(MisconfigurationException, match="EmbeddingTask takes no ckpt_path"):
+        trainer.predict(
+            EmbeddingTask(encoder()), MixedModalityDataModule(predict=NOVEL), ckpt_path=tmp_path / "task.ckpt"
+        )
     with pytest.raises(MisconfigurationException, match="FeatureWriter writes what EmbeddingTask makes"):
         trainer.predict(AlignmentTask(encoder()), MixedModalityDataModule(predict=NOVEL))

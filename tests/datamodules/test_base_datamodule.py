@@ -39,7 +39,7 @@ def test_it_serves_a_trainer_and_cannot_train(tmp_path: Path) -> None:
     assert [batch["eval_set"] for batch in task.evaluated] == ["novel"]
     rows = [row for batch in data.predict_dataloader() for row in batch["row_id"].tolist()]
     assert rows == list(range(len(HELD["novel"][0])))
-    data.only_predict = np.array([3, 1])
+    data.predict_only(lambda: np.array([3, 1]))
     assert [batch["row_id"].tolist() for batch in data.predict_dataloader()] == [[3, 1]]
     with pytest.raises(DataError, match="train: no data sets, so no classes"):
         data.classes()

@@ -27,7 +27,9 @@ from gmail_lightning.datasets import (
     ShareGPT4V,
     TarShards,
 )
-from gmail_lightning.datasets.feature_files import merge_parts, store_columns, write_part
+from gmail_lightning.datasets.store_files import FEATURES
+from gmail_lightning.generation.array_store import ArrayStore
+from gmail_lightning.generation.rows import store_columns
 from gmail_lightning.types import ImageSpec, InputSpec
 
 SPEC = InputSpec(image=ImageSpec((32, 32)))
@@ -38,10 +40,12 @@ def write_store(folder: Path, dataset, width: int = 3, **record) -> np.ndarray:
     rows = EvaluationRows(RowTable([dataset]), SPEC)
     columns = store_columns([(dataset, int(row)) for row in rows.first])
     values = np.random.default_rng(0).normal(size=(len(columns), width)).astype(np.float16)
-    (folder / "parts").mkdir(parents=True)
+    store = ArrayStore(folder, FEATURES, columns, {"branches": {}, **record})
+    store.begin()
     for half in np.array_split(np.random.default_rng(1).permutation(len(columns)), min(len(columns), 2)):
-        write_part(folder, half, values[half])
-    merge_parts(folder, columns, {"count": len(columns), "branches": {}, **record})
+        store.parts.add(half, {"features": values[half]})
+        store.parts.flush()
+    store.finish()
     return values
 
 

@@ -10,7 +10,9 @@ import torch
 
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import DataError, EmojiDataset, FeatureStore, ScienceQA
-from gmail_lightning.datasets.feature_files import merge_parts, store_columns, write_part
+from gmail_lightning.datasets.store_files import FEATURES
+from gmail_lightning.generation.array_store import ArrayStore
+from gmail_lightning.generation.rows import store_columns
 from gmail_lightning.types import ImageSpec, InputSpec
 
 PROBLEMS = {
@@ -136,9 +138,11 @@ def test_questions_reach_the_batches_of_training_and_evaluation(root: Path) -> N
 def test_a_store_of_features_asks_what_its_data_set_asks(root: Path) -> None:
     questions = ScienceQA(root / "problems.json", root / "images", subset=True)
     keys = store_columns([(questions, 0), (questions, 1)])
-    (root / "store" / "parts").mkdir(parents=True)
-    write_part(root / "store", np.arange(2), np.ones((2, 3), dtype=np.float16))
-    merge_parts(root / "store", keys, {"count": 2, "branches": {}})
+    made = ArrayStore(root / "store", FEATURES, keys, {"branches": {}})
+    made.begin()
+    made.parts.add(np.arange(2), {"features": np.ones((2, 3), dtype=np.float16)})
+    made.parts.flush()
+    made.finish()
     store = FeatureStore(root / "store", questions)
     assert store.has_questions
     assert [store.question(i) for i in range(2)] == [questions.question(i) for i in range(2)]

@@ -22,7 +22,6 @@ from recorder import SPEC
 from tar_fixtures import png, sample, store_row, write_store, write_tar
 
 from gmail_lightning.datamodules import MixedModalityDataModule, StreamingDataModule
-from gmail_lightning.datamodules.prompt_table import PromptTable
 from gmail_lightning.datamodules.stream_rows import StreamRows
 from gmail_lightning.datamodules.stream_samples import ShardReader
 from gmail_lightning.datamodules.training import is_above
@@ -30,6 +29,7 @@ from gmail_lightning.datasets import DataError, ManifestDataset, TarShards
 from gmail_lightning.datasets.base import ModalityName
 from gmail_lightning.datasets.tars import index as tar_index
 from gmail_lightning.datasets.tars.members import may_belong
+from gmail_lightning.generation.prompt_table import PromptTable
 
 Members = list[tuple[str, bytes]]
 

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 
 from gmail_lightning.datasets import DataError, Filter, ImageDecodeError, TarShards
 from gmail_lightning.datasets.base import decode_image
-from gmail_lightning.datasets.shard_writer import ImageFormat, ShardFile, store_image
-from gmail_lightning.datasets.shards import ShardStore
 from gmail_lightning.datasets.tars import files as tar_files
 from gmail_lightning.datasets.tars import index as tar_index
+from gmail_lightning.generation.shard_writer import ImageFormat, ShardFile, store_image
+from gmail_lightning.generation.store import ShardStore
 from gmail_lightning.transforms.image_hash import perceptual_hash
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -12,27 +11,19 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from gmail_lightning.callbacks.dataset_card import dataset_card
-from gmail_lightning.callbacks.generation_plan import (
-    Mode,
-    how_made,
-    missing_shards,
-    plan_images,
-    refuse_other_folder,
-)
+from gmail_lightning.callbacks.resumption import begin, stop_if_told
 from gmail_lightning.datamodules.prompts import PromptDataModule
-from gmail_lightning.datasets.audit import NEAR_DISTANCE
-from gmail_lightning.datasets.image_names import recipe_id
-from gmail_lightning.datasets.shard_writer import BackgroundWriter, ImageFormat
-from gmail_lightning.datasets.shards import CARD, MANIFEST, ShardStore
-from gmail_lightning.distributed import on_first_rank
+from gmail_lightning.datasets.shards import CARD, MANIFEST
+from gmail_lightning.generation.assignment import Mode, begin_images, how_made, missing_shards, owned_shards
+from gmail_lightning.generation.audit import NEAR_DISTANCE
+from gmail_lightning.generation.image_names import recipe_id
+from gmail_lightning.generation.publication import publish
+from gmail_lightning.generation.shard_writer import BackgroundWriter, ImageFormat
+from gmail_lightning.generation.store import ShardStore
 from gmail_lightning.tasks.image_generation import ImageGenerationTask, ScoredImages
 from gmail_lightning.types import PromptBatch
 
@@ -144,12 +135,10 @@ class DatasetWriter(Callback):
         storage = {f"stored_{name}": value for name, value in asdict(self.image_format).items()}
         storage["shard_size"] = self.shard_size
         made = how_made(self._recipe, storage, pl_module.describe_scorer())
-        refuse_other_folder(self.store, self.mode, made, data.split)  # on every rank alike
-        trainer.strategy.barrier("DatasetWriter: the folder was looked at")
-        on_first_rank(partial(plan_images, self.store, self.mode, made, data.split, keys), trainer)
+        begin(partial(begin_images, self.store, self.mode, made, data.split, keys), trainer)
         plan = self.store.read_plan()
-        world, first = trainer.world_size, self.worker * trainer.world_size
-        shares = [range(first + rank, len(plan.shards), self.num_workers * world) for rank in range(world)]
+        world, owners = trainer.world_size, self.num_workers * trainer.world_size
+        shares = [owned_shards(len(plan.shards), self.worker * world + rank, owners) for rank in range(world)]
         self._own = [plan.shards[number] for share in shares for number in share]
         missing = missing_shards(self.store, plan, shares[trainer.global_rank], keys)
         data.schedule(self._recipe_id, missing)
@@ -192,27 +181,24 @@ class DatasetWriter(Callback):
         if now - self._last >= self.seconds and trainer.is_global_zero:
             self._last = now
             self._tell(trainer, self.progress(now - self._start))
-        if cast(Any, trainer).received_sigterm:  # Lightning's predict loop does not ask, and would go on
-            raise SIGTERMException(128 + signal.SIGTERM)
+        stop_if_told(trainer)
 
     def _rows(self, data: PromptDataModule, batch: PromptBatch, scored: ScoredImages) -> list[dict[str, Any]]:
         """What the manifest says of a batch, besides the audit."""
         recipe = self._recipe
         constant = {name: recipe[name] for name in ("generator", "revision", "scheduler", "steps", "guidance")}
         constant |= {"shard": batch["shard"], "split": data.split, "modality": "generated"}
+        known = data.table.manifest_rows(batch, self._recipe_id)
         return [
             {
-                "key": data.table.key(row, self._recipe_id),
+                "key": row["key"],  # first, in the .json members too
                 **constant,
-                **data.table.columns(row),
-                "caption": batch["caption"][i],
-                "prompt": batch["prompt"][i],
-                "seed": batch["seed"][i],
+                **row,
                 "truncated": bool(scored.truncated[i]),
                 "clip_score": scored.clip_score[i],
                 "clip_score_reason": scored.clip_score_reason[i],
             }
-            for i, row in enumerate(batch["row"])
+            for i, row in enumerate(known)
         ]
 
     def _tell(self, trainer: Trainer, line: str) -> None:
@@ -270,19 +256,21 @@ class DatasetWriter(Callback):
     def _merge(self, data: PromptDataModule, shards: list[str]) -> None:
         evaluation, leakage = data.evaluation_hashes()
         pair_ids = data.table.keys(self._recipe_id), np.repeat(data.table.pair_id, data.table.images_per_caption)
-        if renumbered := self.store.merge(shards, evaluation, self.max_distance, pair_ids):
+        published = publish(
+            self.store,
+            shards,
+            evaluation,
+            pair_ids,
+            max_distance=self.max_distance,
+            leakage=[*data.leakage, *leakage],
+            licences=self.licences,
+        )
+        if published.renumbered:
             rank_zero_warn(
-                f"{renumbered} images take another pair_id than when they were made: that of the captions now."
+                f"{published.renumbered} images take another pair_id than when they were made: that of the captions "
+                "now."
             )
-        near = "kept" if self.max_distance is None else f"up to {self.max_distance} differing bits of perceptual hashes"
-        far = f"Near duplicates: {near}. Near evaluation images: up to {NEAR_DISTANCE} differing bits."
-        recipe = self.store.read_recipe()
-        assert recipe is not None
-        card = dataset_card(self.store.folder, recipe, self.licences, [*data.leakage, *leakage], far)
-        self.store.write_text(CARD, card)
-        self.store.remove_temporary(shards)
-        status = pq.read_table(self.store.folder / MANIFEST, columns=["status"], partitioning=None)["status"]
-        counts = {pair["values"]: pair["counts"] for pair in pc.value_counts(status).to_pylist()}
+        counts = published.counts
         self.failed = counts.get("failed", 0)
         found = ", ".join(f"{counts[name]} {name}" for name in ("ok", "rejected", "failed") if name in counts)
         rank_zero_info(f"{self.store.folder / MANIFEST}: {found}. Card: {self.store.folder / CARD}")

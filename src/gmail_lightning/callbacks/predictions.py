@@ -10,6 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from gmail_lightning.generation.whole_files import whole_file
+
 
 class PredictionWriter(BasePredictionWriter):
     """Writes the list of a rank's predicted batches to ``predictions-<rank>.pt`` in the run folder."""
@@ -24,5 +26,6 @@ class PredictionWriter(BasePredictionWriter):
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"predictions-{trainer.global_rank}.pt"
-        torch.save(predictions, path)
+        with whole_file(path) as file:
+            torch.save(predictions, file)
         rank_zero_info(f"Predictions: {path}")

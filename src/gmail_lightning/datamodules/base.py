@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -57,8 +57,7 @@ class ImageTextDataModule(LightningDataModule):
         test = val if test is None else {name: as_list(datasets) for name, datasets in test.items()}
         self.evaluation: dict[str, dict[str, list[ImageTextDataset]]] = {"val": val, "test": test}
         self.eval_batch_size, self.num_workers, self.input_spec = eval_batch_size, num_workers, input_spec
-        #: Numbers of the rows that ``predict`` is left with, where a writer has the others; None for all.
-        self.only_predict: np.ndarray | None = None
+        self._choose: Callable[[], np.ndarray] | None = None
 
     @classmethod
     def unread(cls, verb: str, given: Collection[str]) -> list[str]:
@@ -151,7 +150,16 @@ class ImageTextDataModule(LightningDataModule):
         """Returns the loader of ``predict``."""
         rows = self.predict_rows()
         tell(self.datasets["predict"], need_captions=False)
-        return self._loader(rows if self.only_predict is None else Subset(rows, self.only_predict.tolist()), None)
+        return self._loader(rows if self._choose is None else Subset(rows, self._choose().tolist()), None)
+
+    def predict_only(self, choose: Callable[[], np.ndarray] | None) -> None:
+        """Leaves ``predict`` with some of its images, where a writer has the others.
+
+        Args:
+            choose: Returns their numbers in ``predict_rows``, shape (n,); asked when the loader is made, after the
+                weights of a checkpoint were loaded. None takes all.
+        """
+        self._choose = choose
 
     def predict_rows(self) -> EvaluationRows:
         """Returns the images of ``predict``, each once; ``row_id`` of a batch is their number.

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
-from gmail_lightning.datasets.feature_files import FEATURES, RECORD, ROWS, read_record
+from gmail_lightning.datasets.store_files import FEATURES, RECORD, open_array, read_record, read_rows
 
 
 class FeatureStore(ImageTextDataset):
@@ -49,13 +48,7 @@ class FeatureStore(ImageTextDataset):
             )
         self.feature_store = {**record, "path": str(path)}
         self._features: np.ndarray | None = None
-        rows = pq.read_table(self.path / ROWS, partitioning=None)
-        if not len(rows) == len(self._open()) == record["count"]:
-            raise DataError(
-                f"{path}: {len(rows)} keys and {len(self._open())} features, but {RECORD} says {record['count']}: "
-                "the files do not belong together. Write the store again."
-            )
-        self._row = self._join(rows)
+        self._row = self._join(read_rows(self.path, record, self._open(), "features"))
         self.summary = "; ".join(
             [
                 *([dataset.summary] if dataset.summary else []),
@@ -114,10 +107,7 @@ class FeatureStore(ImageTextDataset):
 
     def _open(self) -> np.ndarray:
         if self._features is None:
-            try:
-                self._features = np.asarray(np.load(self.path / FEATURES, mmap_mode="r"))
-            except (OSError, ValueError) as error:
-                raise DataError(f"{self.path / FEATURES}: {error}. Write the store again.") from error
+            self._features = open_array(self.path / FEATURES)
         return self._features
 
     def __getstate__(self) -> dict[str, Any]:

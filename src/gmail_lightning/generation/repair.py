@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.datasets.base import DataError
-from gmail_lightning.datasets.shards import MANIFEST, ROW_GROUP, temporary
+from gmail_lightning.datasets.shards import MANIFEST
 from gmail_lightning.datasets.tars.dataset import TarShards
+from gmail_lightning.generation.store import ROW_GROUP
+from gmail_lightning.generation.whole_files import write_table
 from gmail_lightning.metrics.repair import TIE, rank_images
 from gmail_lightning.models.base import DualEncoder
 from gmail_lightning.transforms.image import resize
@@ -74,9 +76,7 @@ def repair_store(
     for name, column in columns.items():
         at = table.schema.get_field_index(name)
         table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
-    unfinished = temporary(path)
-    pq.write_table(table, unfinished, row_group_size=ROW_GROUP)
-    unfinished.replace(path)
+    write_table(table, path, ROW_GROUP)
     changed: int = pc.sum(pc.not_equal(table["repaired_key"], table["key"])).as_py()
     return len(ok), changed
 

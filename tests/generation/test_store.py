@@ -9,10 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gmail_lightning.datasets import shards as shards_module
-from gmail_lightning.datasets.shard_writer import ShardFile
-from gmail_lightning.datasets.shards import EMPTY, SCHEMA, Plan, ShardStore, temporary
+from gmail_lightning.datasets.shards import SCHEMA
 from gmail_lightning.datasets.tars.index import tar_index
+from gmail_lightning.generation import store as store_module
+from gmail_lightning.generation.plan import EMPTY, Plan
+from gmail_lightning.generation.shard_writer import ShardFile
+from gmail_lightning.generation.store import ShardStore
+from gmail_lightning.generation.whole_files import temporary
 
 
 def large(*keys: str) -> pa.Array:
@@ -56,7 +59,7 @@ def write_shard(folder: Path, shard: str, rows: list[dict]) -> None:
 def test_the_manifest_is_sorted_and_has_the_columns_of_all_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int
 ) -> None:
-    monkeypatch.setattr(shards_module, "ROW_GROUP", group)
+    monkeypatch.setattr(store_module, "ROW_GROUP", group)
     rng = np.random.default_rng(0)
     hashes = rng.integers(-(2**62), 2**62, 9)
     rows = [row(f"k{i}", f"s{i // 3}", perceptual_hash=int(hashes[i]), exact_hash=f"h{i % 8}") for i in range(9)]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from gmail_lightning.datasets.base import DataError, ImageTextDataset, one_line
-from gmail_lightning.datasets.image_names import image_key, image_keys, image_seed, prompt_id, prompt_number
-from gmail_lightning.datasets.shards import refuse_foreign_columns
+from gmail_lightning.datasets.shards import SCHEMA
+from gmail_lightning.generation.image_names import image_key, image_keys, image_seed, prompt_id, prompt_number
 from gmail_lightning.types import PromptBatch
 
 
@@ -46,6 +46,10 @@ class PromptTable:
     def __len__(self) -> int:
         return len(self.prompt) * self.images_per_caption
 
+    def _place(self, index: int) -> tuple[int, int]:
+        """Number of the prompt of an image, and of the image among those of its prompt."""
+        return divmod(index, self.images_per_caption)
+
     def keys(self, recipe: str) -> pa.Array:
         """Names of all images, in order."""
         return image_keys(self.prompt, self.images_per_caption, recipe)
@@ -57,18 +61,18 @@ class PromptTable:
 
     def caption(self, index: int) -> str:
         """The caption of an image, on one line."""
-        prompt = index // self.images_per_caption
+        prompt, _ = self._place(index)
         dataset = self.datasets[self.dataset[prompt]]
         return one_line(dataset.captions(int(self.row[prompt]))[self._caption[prompt]])
 
     def key(self, index: int, recipe: str) -> str:
         """Name of an image."""
-        prompt, image_index = divmod(index, self.images_per_caption)
+        prompt, image_index = self._place(index)
         return image_key(prompt_id(int(self.prompt[prompt])), image_index, recipe)
 
     def columns(self, index: int) -> dict[str, Any]:
         """What the manifest takes over from the row behind an image."""
-        prompt, image_index = divmod(index, self.images_per_caption)
+        prompt, image_index = self._place(index)
         return {
             "prompt_id": prompt_id(int(self.prompt[prompt])),
             "image_index": image_index,
@@ -76,6 +80,15 @@ class PromptTable:
             "pair_id": int(self.pair_id[prompt]),
             **self.datasets[self.dataset[prompt]].columns(int(self.row[prompt])),
         }
+
+    def manifest_rows(self, batch: PromptBatch, recipe: str) -> list[dict[str, Any]]:
+        """What the manifest says of the images of a batch before they are made."""
+        return [
+            {"key": self.key(row, recipe), **self.columns(row), "caption": caption, "prompt": prompt, "seed": seed}
+            for row, caption, prompt, seed in zip(
+                batch["row"], batch["caption"], batch["prompt"], batch["seed"], strict=True
+            )
+        ]
 
     def batch(self, shard: str, rows: np.ndarray, recipe: str) -> PromptBatch:
         """The prompts of some images of a shard."""
@@ -93,7 +106,7 @@ class PromptTable:
 def _prompts(number: int, dataset: ImageTextDataset, captions_per_row: int | None) -> tuple[np.ndarray, ...]:
     """Columns of the prompts of one data set: prompt, image id, pair id, data set, row, number of the caption."""
     if len(dataset):
-        refuse_foreign_columns(dataset.columns(0))
+        _refuse_foreign_columns(dataset.columns(0))
     chunks = [[np.empty(0, dtype) for dtype in (np.uint64, np.int64, np.int16)]]
     for texts, row in dataset.caption_blocks():
         caption = np.arange(len(row)) - np.searchsorted(row, row)  # number of the caption within its row
@@ -121,3 +134,10 @@ class PromptBatches:
         for shard, rows in self.shards:
             for start in range(0, len(rows), self.batch_size):
                 yield self.table.batch(shard, rows[start : start + self.batch_size], self.recipe)
+
+
+def _refuse_foreign_columns(names: Iterable[str]) -> None:
+    """Refuses columns of a data set that the manifest has itself."""
+    clash = sorted(set(names) & set(SCHEMA.names))
+    if clash:
+        raise DataError(f"The manifest has columns of its own named {', '.join(clash)}: rename those of the data set.")

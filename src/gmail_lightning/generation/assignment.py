@@ -10,11 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from gmail_lightning.datasets.base import DataError
-from gmail_lightning.datasets.image_names import recipe_id
-from gmail_lightning.datasets.shards import RECIPE, Plan, ShardStore
+from gmail_lightning.datasets.shards import RECIPE
+from gmail_lightning.generation.errors import FolderError
+from gmail_lightning.generation.image_names import recipe_id
+from gmail_lightning.generation.plan import Plan
+from gmail_lightning.generation.store import ShardStore
 
 Mode = Literal["incremental", "overwrite", "extend"]
 Made = dict[str, dict[str, Any]]
@@ -42,7 +44,7 @@ def refuse_other_folder(store: ShardStore, mode: Mode, made: Made, split: str) -
         split: What they are for.
 
     Raises:
-        MisconfigurationException: If another program made the folder or, in mode ``incremental``, another recipe,
+        FolderError: If another program made the folder or, in mode ``incremental``, another recipe,
             storage or scorer.
         DataError: If it holds images of another split.
     """
@@ -50,7 +52,7 @@ def refuse_other_folder(store: ShardStore, mode: Mode, made: Made, split: str) -
     found = store.read_recipe()  # after the listing: another worker may be beginning, and this file is its first
     if found is None:
         if foreign:
-            raise MisconfigurationException(
+            raise FolderError(
                 f"{store.folder} holds {foreign[0]}{' and others' if len(foreign) > 1 else ''}, but no {RECIPE}: "
                 "another program made it. Choose another folder."
             )
@@ -71,10 +73,21 @@ def refuse_other_folder(store: ShardStore, mode: Mode, made: Made, split: str) -
         for name in {**old, **new}
         if old.get(name) != new.get(name)
     )
-    raise MisconfigurationException(
+    raise FolderError(
         f"{store.folder} was made by another recipe ({differing}). Add these images by --mode extend, begin anew by "
         "--mode overwrite, or choose another folder."
     )
+
+
+def begin_images(store: ShardStore, mode: Mode, made: Made, split: str, keys: pa.Array) -> None:
+    """Refuses a folder that these images do not belong into, see :func:`refuse_other_folder`, or plans them in it."""
+    refuse_other_folder(store, mode, made, split)
+    plan_images(store, mode, made, split, keys)
+
+
+def owned_shards(count: int, owner: int, owners: int) -> range:
+    """Numbers of the shards, of ``count``, that one of some owners makes, from 0: each shard has one owner."""
+    return range(owner, count, owners)
 
 
 def plan_images(store: ShardStore, mode: Mode, made: Made, split: str, keys: pa.Array) -> None:
@@ -126,8 +139,8 @@ def missing_shards(
             f"{wanted.filter(position.is_null())[0].as_py()}, are not among the prompts of this run. Finish these "
             "shards with the captions and the recipe they were planned for, or begin anew by --mode overwrite."
         )
-    ends = np.cumsum([len(range(*plan.rows(number).indices(len(plan)))) for number in numbers])
-    rows = np.split(position.to_numpy().astype(np.int64), ends[:-1])
+    ends = np.cumsum([plan.size(number) for number in numbers])
+    rows = np.split(position.to_numpy().astype(np.int64), ends[:-1])  # shard by shard
     return [(plan.shards[number], part) for number, part in zip(numbers, rows, strict=True)]
 
 

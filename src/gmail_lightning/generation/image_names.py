@@ -44,8 +44,9 @@ def image_keys(prompts: np.ndarray, images_per_prompt: int, recipe: str) -> pa.A
     letters = np.concatenate(
         [digits.repeat(images_per_prompt, axis=0), np.tile(ending, (len(prompts), 1))], axis=1
     )  # (P * k, 29), ASCII
-    offsets = np.arange(count + 1, dtype=np.int64) * letters.shape[1]
-    return pa.LargeStringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(letters))
+    key_length = letters.shape[1]
+    bounds = np.arange(count + 1, dtype=np.int64) * key_length  # where each key begins, and the last ends
+    return pa.LargeStringArray.from_buffers(count, pa.py_buffer(bounds), pa.py_buffer(letters))
 
 
 def image_seed(key: str) -> int:
