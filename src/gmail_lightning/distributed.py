@@ -56,15 +56,24 @@ def all_reduce(tensor: Tensor, op: Literal["sum", "max"]) -> Tensor:
     return tensor
 
 
+def reads_are_free(tensor: Tensor) -> bool:
+    """Whether the host can look at a tensor without waiting for a device: on the CPU."""
+    return tensor.device.type == "cpu"
+
+
 def require_equal_rows(tensor: Tensor) -> None:
     """Raises on every rank alike unless all ranks hold as many rows as this one; a gather would hang or mix up rows.
 
     Raises:
-        ValueError: If the numbers of rows differ.
+        ValueError: If the numbers of rows differ. On a device, which is not waited for, its own assertion fails.
     """
     if world_size() == 1:
         return
-    counts = gather_rows(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+    gathered = gather_rows(torch.full((1,), len(tensor), device=tensor.device))
+    if not reads_are_free(tensor):
+        torch._assert_async((gathered == len(tensor)).all(), "every rank needs the same number of rows: drop_last=True")
+        return
+    counts = gathered.tolist()
     if len(set(counts)) > 1:
         raise ValueError(
             f"Every rank needs the same number of rows, got {counts} on ranks 0 to {world_size() - 1}. "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from gmail_lightning.distributed import reads_are_free
 from gmail_lightning.losses.contrastive import info_nce, scalar_like
 from gmail_lightning.losses.tiled import check_pairs
 
@@ -33,7 +35,8 @@ def alignment_loss(
         Scalar, the mean over all pairs.
 
     Raises:
-        ValueError: If the temperature is not positive, and as `clip_loss`.
+        ValueError: If the temperature is not positive, and as `clip_loss`. A tensor on a device is not waited for: where
+            it is not positive, the loss is NaN.
 
     Example:
         >>> import torch
@@ -42,6 +45,8 @@ def alignment_loss(
     """
     check_pairs(generated, real, ids, ("generated", "real"))
     temperature = scalar_like(temperature, generated)
-    if not temperature.item() > 0:
+    if not reads_are_free(temperature):
+        temperature = temperature.where(temperature > 0, torch.nan)
+    elif not temperature.item() > 0:
         raise ValueError(f"temperature must be positive, got {temperature.item():g}; the paper uses 0.07.")
     return info_nce(generated, real, 1 / temperature, ids, symmetric=symmetric)

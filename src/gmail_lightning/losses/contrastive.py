@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gmail_lightning.distributed import all_reduce, gather_rows, rank, world_size
+from gmail_lightning.distributed import all_reduce, gather_rows, rank, reads_are_free, world_size
 from gmail_lightning.losses.smoothing import as_cosines, mean_margin
 from gmail_lightning.losses.tiled import (
     Derivative,
@@ -25,7 +25,8 @@ from gmail_lightning.losses.tiled import (
 #: Powers are taken of exponents up to this one, which leaves a factor of 2^27 to the number of rows in fp32.
 MAX_EXPONENT = 100.0
 #: A smaller sum of powers may miss terms that matter, because they underflow in fp32.
-MIN_SUM = 2.0**-86
+MIN_EXPONENT = -86.0
+MIN_SUM = 2.0**MIN_EXPONENT
 
 Sums: TypeAlias = tuple[Tensor, Tensor | None, Tensor]  # over rows, over columns if symmetric; logits of the pairs
 
@@ -127,9 +128,11 @@ def info_nce(
 
 
 def scalar_like(value: float | Tensor, features: Tensor) -> Tensor:
-    """A number as a 0-d tensor beside the features, at least in single precision; differentiable."""
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    return torch.as_tensor(value, dtype=dtype, device=features.device).reshape(())
+    """A number as a 0-d tensor, at least in the single precision of the features; differentiable.
+
+    A tensor stays where it is, and what Python knows stays with the host, which can then look at it without waiting.
+    """
+    return torch.as_tensor(value, dtype=torch.promote_types(features.dtype, torch.float32)).reshape(())
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -138,7 +141,9 @@ class _InfoNCE(torch.autograd.Function):
     dL/dS_ij = 1/N (2^(S_ij - r_i) - delta_ij), likewise for the columns. Base 2: exp2 takes a third of exp's time.
 
     One power per logit serves both directions: all are taken of S - shift, one shift for all, which cannot overflow
-    because |S| <= scale. Should a whole row or column underflow, each direction takes powers of its own.
+    because |S| <= scale. Should a whole row or column underflow, each direction takes powers of its own. Whether one
+    does is looked up where the scale allows it and looking costs nothing; on a device that would have to be waited for,
+    each direction then takes its own powers anyway.
     """
 
     @staticmethod
@@ -147,16 +152,17 @@ class _InfoNCE(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(anchors.device.type, enabled=False):
             pairs = gather_pairs(anchors, candidates, ids, ctx.needs_input_grad)
-            ctx.scale = scale.item()
-            ctx.shift = max(0.0, abs(ctx.scale) - MAX_EXPONENT)
+            ctx.scale = scale.item() if reads_are_free(scale) else scale.detach()
+            ctx.shift = _common_shift(ctx.scale, reads_are_free(anchors))
             strip = pairs.strip(ctx.scale)
-            row, column, positive = _sums(strip, ctx.shift, symmetric)
-            lowest = row.min() if column is None else torch.minimum(row.min(), column.min())
-            if lowest > MIN_SUM:  # all ranks decide alike
-                log_row, log_column = row.log2() + ctx.shift, None if column is None else column.log2() + ctx.shift
-            else:  # NaN too
-                ctx.shift = None
+            if ctx.shift is not None:
+                row, column, positive = _sums(strip, ctx.shift, symmetric)
+                if not _never_underflows(ctx.scale) and _underflows(row, column):  # all ranks decide alike
+                    ctx.shift = None
+            if ctx.shift is None:
                 log_row, log_column, positive = row, column, _ = _log_sums(strip, symmetric)
+            else:
+                log_row, log_column = row.log2() + ctx.shift, None if column is None else column.log2() + ctx.shift
             loss: Tensor = (log_row - positive).mean()
             if log_column is not None:
                 loss = (loss + (log_column - positive).mean()) / 2
@@ -176,6 +182,23 @@ class _InfoNCE(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             grads = pair_gradients(pairs, ctx.scale, derivative, transposed, factor, ctx.needs_input_grad[1])
         return *grads, None, None
+
+
+def _common_shift(scale: float | Tensor, may_look: bool) -> float | None:
+    """One shift for all powers; None where each direction must take its own, since nobody could look whether it fits."""
+    if isinstance(scale, Tensor) or not (may_look or _never_underflows(scale)):
+        return None
+    return max(0.0, abs(scale) - MAX_EXPONENT)
+
+
+def _never_underflows(scale: float) -> bool:
+    """Whether even a pair at a cosine of -1 is a power that counts."""
+    return -abs(scale) > MIN_EXPONENT
+
+
+def _underflows(row: Tensor, column: Tensor | None) -> bool:
+    lowest = row.min() if column is None else torch.minimum(row.min(), column.min())
+    return not bool(lowest > MIN_SUM)  # NaN too
 
 
 def _sums(strip: LogitStrip, shift: float, symmetric: bool) -> Sums:
@@ -251,23 +274,22 @@ class _Sigmoid(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None) -> Tensor:
         with torch.autocast(rows.device.type, enabled=False):
             pairs = gather_pairs(rows, columns, ids, ctx.needs_input_grad)
-            ctx.scale = scale.item()
-            strip = pairs.strip(ctx.scale)
-            total = torch.zeros_like(bias)
+            strip = pairs.strip(scale)
+            total = strip.columns.new_zeros(())
             for i, unit in strip.row_blocks():
                 for j, tile in strip.tiles(i, unit):
                     strip.positives(i, j, tile.add_(bias))[1].neg_()
                     total += F.softplus(tile, threshold=40).sum()  # the default, 20, shows in float64
             total = all_reduce(total, "sum")
-        ctx.save_for_backward(*pairs, bias)
+        ctx.save_for_backward(*pairs, scale, bias)
         return total / len(pairs.all_columns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, bias = ctx.saved_tensors
+        *saved, scale, bias = ctx.saved_tensors
         pairs = Pairs(*saved)
-        grad_bias = torch.zeros_like(bias)
+        grad_bias = pairs.all_columns.new_zeros(())
 
         def transposed(strip: LogitStrip, i: slice, j: slice, tile: Tensor) -> None:
             strip.positives(i, j, tile.add_(bias))[1].neg_()
@@ -279,5 +301,5 @@ class _Sigmoid(torch.autograd.Function):
 
         factor = grad * world_size() / len(pairs.all_columns)  # times the ranks as in InfoNCE
         with torch.autocast(grad.device.type, enabled=False):
-            grads = pair_gradients(pairs, ctx.scale, derivative, transposed, factor, ctx.needs_input_grad[1])
+            grads = pair_gradients(pairs, scale, derivative, transposed, factor, ctx.needs_input_grad[1])
         return *grads, grad_bias.mul_(factor), None

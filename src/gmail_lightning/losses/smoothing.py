@@ -61,8 +61,8 @@ def _weighted_sums(features: Tensor, groups: Tensor | None) -> Tensor:
     if groups is None:
         return 2 * (features - all_reduce(features.sum(0), "sum") / pairs)
     own = groups[rank() * len(features) : (rank() + 1) * len(features)]
-    size = groups.long().bincount()
-    candidates = (pairs + 1 - size).to(features.dtype)[:, None]  # (G, 1)
+    size = torch.zeros_like(groups, dtype=torch.long).index_add_(0, groups, torch.ones_like(groups, dtype=torch.long))
+    candidates = (pairs + 1 - size).to(features.dtype)[:, None]  # (N, 1), by the number of a group
     sums = all_reduce(features.new_zeros(len(size), features.shape[1]).index_add_(0, own, features), "sum")
     by_group = sums.sum(0) / candidates + (sums / candidates).sum(0) - 2 * sums / candidates
     return 2 * (features - features / candidates[own]) - by_group[own]

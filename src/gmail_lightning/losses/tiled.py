@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gmail_lightning.distributed import gather_rows, rank, require_equal_rows, world_size
+from gmail_lightning.distributed import gather_rows, rank, reads_are_free, require_equal_rows, world_size
 
 #: Rows and columns of a tile. A CPU tile stays in the cache; a GPU needs large ones to keep its launches few.
 CPU_TILE = (512, 1024)
@@ -52,11 +52,19 @@ def unit_rows(features: Tensor) -> Tensor:
 
 
 def gather_groups(ids: Tensor | None) -> Tensor | None:
-    """Joins the ids of all ranks and numbers them from 0 up, shape (N,) int32; None if no two rows share an id."""
+    """Joins the ids of all ranks and numbers them from 0 up, shape (N,) int32.
+
+    None where no two rows share an id, as far as looking costs nothing.
+    """
     if ids is None:
         return None
-    distinct, groups = gather_rows(ids).unique(return_inverse=True)
-    return None if len(distinct) == len(groups) else groups.to(torch.int32)
+    ids = gather_rows(ids)
+    if reads_are_free(ids):
+        distinct, groups = ids.unique(return_inverse=True)
+        return None if len(distinct) == len(groups) else groups.to(torch.int32)
+    ascending, order = ids.sort()
+    is_new = ascending[1:] != ascending[:-1]
+    return torch.zeros_like(ids, dtype=torch.int32).scatter_(0, order[1:], is_new.cumsum(0, dtype=torch.int32))
 
 
 class LogitStrip:
@@ -69,7 +77,7 @@ class LogitStrip:
         groups: Numbers, shape (N,); rows and columns of one group that are not a pair get a logit of minus infinity.
     """
 
-    def __init__(self, rows: Tensor, columns: Tensor, scale: float, groups: Tensor | None) -> None:
+    def __init__(self, rows: Tensor, columns: Tensor, scale: float | Tensor, groups: Tensor | None) -> None:
         self.rows, self.columns, self.scale, self.groups = rows, columns, scale, groups
         self.first = rank() * len(rows)
         self.tile_shape = CPU_TILE if rows.device.type == "cpu" else GPU_TILE
@@ -149,7 +157,7 @@ class Pairs(NamedTuple):
     all_rows: Tensor | None  # (N, D) unit rows, if the gradient of the columns takes a second strip
     groups: Tensor | None  # (N,)
 
-    def strip(self, scale: float) -> LogitStrip:
+    def strip(self, scale: float | Tensor) -> LogitStrip:
         """This rank's rows against all columns."""
         return LogitStrip(self.rows, self.all_columns, scale, self.groups)
 
@@ -170,7 +178,12 @@ def gather_pairs(rows: Tensor, columns: Tensor, ids: Tensor | None, needs_input_
 
 
 def pair_gradients(
-    pairs: Pairs, scale: float, derivative: Derivative, transposed: Derivative, factor: Tensor, need_columns: bool
+    pairs: Pairs,
+    scale: float | Tensor,
+    derivative: Derivative,
+    transposed: Derivative,
+    factor: Tensor,
+    need_columns: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients by this rank's rows and columns, and its part of the one by the scale.
 

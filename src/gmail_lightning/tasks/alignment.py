@@ -116,6 +116,8 @@ class AlignmentTask(EncoderTask):
             self.encoder.freeze_behind(last_block)  # no loss reaches what lies behind the patch tokens
         self.contrastive_chunk_size = contrastive_chunk_size
         learnable = learnable_temperature and (alignment_weight > 0 or patch_weight > 0)
+        #: What a temperature is that does not train: a number, which nobody has to read from a device.
+        self.temperature = None if learnable else float(torch.tensor(math.log(temperature)).exp())
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learnable)
         self.bias = nn.Parameter(torch.tensor(-10.0), requires_grad=learnable and loss == "sigmoid")
 
@@ -185,7 +187,7 @@ class AlignmentTask(EncoderTask):
         return {"patch": found[:, width:], **({"pooled": found[:, :width]} if self.reads_pooled else {})}
 
     def _alignment(self, generated: Tensor, real: Tensor, ids: Tensor) -> Tensor:
-        temperature = self.log_temperature.exp()
+        temperature = self.log_temperature.exp() if self.temperature is None else self.temperature
         if self.loss == "sigmoid":
             return sigmoid_loss(generated, real, 1.0 / temperature, self.bias, ids=ids)
         return alignment_loss(generated, real, temperature=temperature, ids=ids, symmetric=self.symmetric)

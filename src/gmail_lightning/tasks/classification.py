@@ -171,12 +171,17 @@ class ZeroShotClassificationTask(ClassificationTask):
         """Cross-entropy over all classes, by the prompts of one template, and the accuracy on the batch."""
         images = F.normalize(self.encode_images(batch, self.chunk_size).float(), dim=-1)
         template = self.trainer.global_step % len(self._prompts)
-        prompts = self._prompts[template].to(images.device)
+        prompts = self._prompts[template]
         classes = F.normalize(in_chunks(self.encoder.encode_text, prompts, chunk_size=self.chunk_size).float(), dim=-1)
         with full_precision(images.device):
             logits = capped_scale(self.encoder, self.max_logit_scale) * images @ classes.T
         loss = F.cross_entropy(logits, batch["label"])
         return {"loss": loss, "accuracy": (logits.argmax(dim=-1) == batch["label"]).float().mean()}
+
+    def on_fit_start(self) -> None:
+        """Brings the prompts of the training classes to the device, once."""
+        super().on_fit_start()
+        self._prompts = self._prompts.to(self.device)
 
     def after_step(self) -> None:
         """Holds the cap of the logit scale."""
