@@ -57,7 +57,7 @@ class HostSyncs(TorchFunctionMode):
         if name not in ("__getitem__", "__setitem__") or len(args) < 2:
             return False
         masks = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor) and leaf.dtype in (torch.bool,)]
-        return bool(masks) and (name == "__getitem__" or isinstance(args[2], Tensor) and args[2].ndim > 0)
+        return bool(masks) and (name == "__getitem__" or (isinstance(args[2], Tensor) and args[2].ndim > 0))
 
     @staticmethod
     def _copies(name: str, given: list[Tensor], on_device: list[Tensor], args: Any, kwargs: Any) -> bool:
