@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -52,6 +53,43 @@ class TextSpec:
     context_length: int
 
 
+class CaptionIds(TypedDict, total=False):
+    """B captions as token ids; what ``Captioner.loss`` reads of a batch, made by its :class:`CaptionSpec`."""
+
+    caption_labels: Tensor  # (B, L) int64, the ids to be written, -100 elsewhere; padded to the longest, on the right
+    caption_length: list[int]  # (B,) tokens of each before any is cut; on the host, where comparing costs nothing
+    caption_ids: Tensor  # (B, L) int64, prompt and caption, -100 for padding; absent where captions have no prompt
+    caption_start: list[int]  # (B,) column where the caption begins; as caption_ids
+    caption_image_column: Tensor  # (B,) int64, column where the image goes, one id wide; as caption_ids
+
+
+class PromptIds(TypedDict, total=False):
+    """B questions as token ids; what ``Captioner.generate`` goes on from."""
+
+    prompt_ids: Tensor  # (B, L) int64, -100 for padding, on the left; L is 0 where the image alone is the prompt
+    prompt_image_column: Tensor  # (B,) int64, column where the image goes, one id wide; absent where it goes before all
+
+
+class CaptionSpec(ABC):
+    """How a captioner wants its texts. It runs in the data workers: it must be picklable, and holds no model."""
+
+    @abstractmethod
+    def encode(self, captions: list[str], questions: list[str]) -> CaptionIds:
+        """Turns captions into ids, for training.
+
+        Args:
+            captions: B texts to be written.
+            questions: B texts that they answer, "" for nothing.
+
+        Raises:
+            ValueError: If a caption has no token to learn, or there are questions and the captioner answers none.
+        """
+
+    @abstractmethod
+    def encode_questions(self, questions: list[str]) -> PromptIds:
+        """Turns B questions into ids, for evaluation and prediction; as ``encode``."""
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """What a task needs of a batch.
@@ -60,6 +98,7 @@ class InputSpec:
         image: The view called ``image``; given alone, it is short for ``images={"image": ...}``. None: there is none.
         texts: By name in the batch; every one becomes a tensor.
         images: By name in the batch: views of one picture, under one random draw. Without any, no pixels are loaded.
+        captions: Makes the ids of ``CaptionIds`` in training, those of ``PromptIds`` in evaluation and prediction.
 
     Raises:
         ValueError: If ``image`` and ``images`` disagree, or a name stands for an image and for a text.
@@ -72,6 +111,7 @@ class InputSpec:
     image: ImageSpec | None = None
     texts: dict[str, TextSpec] = field(default_factory=dict)
     images: dict[str, ImageSpec] = field(default_factory=dict)
+    captions: CaptionSpec | None = None
 
     def __post_init__(self) -> None:
         if self.image is None:
@@ -108,8 +148,11 @@ class ModalityRows(TypedDict, total=False):
     paired: bool  # the n-th generated row and the n-th real row are a pair, for all rows
 
 
-class ImageTextBatch(ModalityRows, total=False):
-    """B rows, collated. A row has pixels, cached features or token ids; in the common case all have pixels, I = B."""
+class ImageTextBatch(ModalityRows, CaptionIds, PromptIds, total=False):
+    """B rows, collated. A row has pixels, cached features or token ids; in the common case all have pixels, I = B.
+
+    Where a task has a captioner, :class:`CaptionIds` in training and :class:`PromptIds` in evaluation and prediction.
+    """
 
     image: Tensor  # (I, 3, H, W) float in [0, 1]; absent where no row has pixels. Further views under their own names
     image_row: Tensor  # (I,) int64, the row of each image, ascending; of every view

@@ -21,7 +21,7 @@ from gmail_lightning.datamodules import StreamingDataModule
 from gmail_lightning.datamodules.stream_rows import MAX_BROKEN, StreamRows
 from gmail_lightning.datasets import DataError, TarShards
 from gmail_lightning.transforms import resize
-from gmail_lightning.types import ImageSpec, InputSpec
+from gmail_lightning.types import CaptionSpec, ImageSpec, InputSpec
 
 PER_SHARD = 5
 
@@ -67,6 +67,23 @@ def test_rows_are_those_of_the_shards(tmp_path: Path) -> None:
     table = TarShards(tmp_path, modality="generated")
     known = {table.sample_key(i): int(table.image_id[i]) for i in range(len(table))}
     assert all(batch["image_id"].tolist() == [known[key] for key in batch["sample_key"]] for batch in batches)
+
+
+class Lengths(CaptionSpec):
+    """Of captions and questions."""
+
+    def encode(self, captions, questions):
+        pairs = zip(captions, questions, strict=True)
+        return {"caption_labels": torch.tensor([[len(caption), len(question)] for caption, question in pairs])}
+
+    def encode_questions(self, questions):
+        raise AssertionError("a stream trains")
+
+
+def test_captions_become_ids(tmp_path: Path) -> None:
+    made = module(shards(tmp_path, 4), input_spec=InputSpec(captions=Lengths()), num_workers=1)
+    for batch in made.train_dataloader():
+        assert batch["caption_labels"].tolist() == [[len(caption), 0] for caption in batch["caption"]]
 
 
 def test_views_of_a_sample_share_one_draw(tmp_path: Path) -> None:

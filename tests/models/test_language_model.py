@@ -50,9 +50,11 @@ def test_rotary_frequencies_stay_in_fp32_and_the_loss_is_that_of_transformers(tm
     tokens = torch.randn(2, 500, 8, generator=torch.Generator().manual_seed(1))
     questions, captions = ["Which of " + "the two " * 40, "Who?"], ["a red hand", "two cats and a dog " * 20]
     with torch.no_grad():
-        loss = ours.loss(tokens, captions, questions).item()
-        inputs = ours._inputs(questions, captions, 500)
-        given = {"inputs_embeds": ours._embed(inputs.ids, tokens), "attention_mask": inputs.mask.long()}
+        ids = ours.encode(captions, questions)
+        loss = ours.loss(tokens, ids).item()
+        inputs = ours._inputs(ids, 500)
+        embeddings = ours._embed(inputs.ids, ids["caption_image_column"], tokens)
+        given = {"inputs_embeds": embeddings, "attention_mask": inputs.mask.long()}
         assert int((inputs.labels != -100).nonzero()[:, 1].min()) > 500
         assert loss == pytest.approx(theirs(**given, labels=inputs.labels).loss.item(), rel=1e-5)
         rounded = theirs.to(torch.bfloat16)(**given, labels=inputs.labels).loss.item()  # buffers, too

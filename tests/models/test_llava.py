@@ -98,11 +98,12 @@ def test_loss_and_captions_are_those_of_transformers_own_llava(folder: Path) -> 
         labels[row, : len(processor(images=image[0].byte(), text=prompt).input_ids[0])] = -100
     expected = theirs(**inputs, labels=labels)
     tokens = encoder.image_tokens(image / 255, layer=ours.reader.layer)
-    loss = ours.loss(tokens, CAPTIONS, QUESTIONS)
+    loss = ours.loss(tokens, ours.encode(CAPTIONS, QUESTIONS))
     assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
 
     logits = ours.language_model(
-        inputs_embeds=ours._embed(inputs["input_ids"], tokens), attention_mask=inputs["attention_mask"]
+        inputs_embeds=ours._embed(inputs["input_ids"], (inputs["input_ids"] == 2).int().argmax(dim=1), tokens),
+        attention_mask=inputs["attention_mask"],
     ).logits
     seen = inputs["attention_mask"].bool()
     torch.testing.assert_close(logits[seen], expected.logits[seen], atol=1e-4, rtol=1e-4)
@@ -116,7 +117,9 @@ def test_loss_and_captions_are_those_of_transformers_own_llava(folder: Path) -> 
         )
         texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         expected_texts = [" ".join(text.split()) for text in texts]
-        assert ours.generate(tokens, QUESTIONS, num_beams=beams, max_new_tokens=9) == expected_texts
+        assert (
+            ours.generate(tokens, ours.encode_questions(QUESTIONS), num_beams=beams, max_new_tokens=9) == expected_texts
+        )
         different.update(expected_texts)
     assert len(different) > 2
 
@@ -131,7 +134,8 @@ def test_gradients_of_parts_are_those_of_the_whole(folder: Path) -> None:
     labels = inputs["input_ids"].clone()
     labels[:, : len(processor(images=image[0].byte(), text=prompt).input_ids[0])] = -100
     theirs(**inputs, labels=labels).loss.backward()
-    ours.loss(HFImageEncoder(str(folder)).image_tokens(image / 255).detach(), ["a cat"], ["Who?"]).backward()
+    tokens = HFImageEncoder(str(folder)).image_tokens(image / 255).detach()
+    ours.loss(tokens, ours.encode(["a cat"], ["Who?"])).backward()
     expected = theirs.model.multi_modal_projector
     for name, parameter in ours.named_parameters():
         assert parameter.requires_grad == name.startswith("projector."), name
@@ -144,18 +148,19 @@ def test_padding_changes_no_caption_and_no_loss() -> None:
     model, tokens = llava(), image_tokens()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    together = model.generate(tokens, QUESTIONS, num_beams=2, max_new_tokens=8)
-    alone = [
-        model.generate(tokens[i : i + 1], QUESTIONS[i : i + 1], num_beams=2, max_new_tokens=8)[0] for i in range(3)
-    ]
+    together = model.generate(tokens, model.encode_questions(QUESTIONS), num_beams=2, max_new_tokens=8)
+    asked = [model.encode_questions([question]) for question in QUESTIONS]
+    alone = [model.generate(tokens[i : i + 1], asked[i], num_beams=2, max_new_tokens=8)[0] for i in range(3)]
     assert together == alone
     counts = torch.tensor([len(answer) for _, answer in model.chat.tokens(QUESTIONS, CAPTIONS)])
-    losses = [model.loss(tokens[i : i + 1], CAPTIONS[i : i + 1], QUESTIONS[i : i + 1]) for i in range(3)]
+    single = [model.encode(CAPTIONS[i : i + 1], QUESTIONS[i : i + 1]) for i in range(3)]
+    losses = [model.loss(tokens[i : i + 1], single[i]) for i in range(3)]
+    ids = model.encode(CAPTIONS, QUESTIONS)
     expected = (torch.stack(losses) * counts).sum() / counts.sum()
-    assert model.loss(tokens, CAPTIONS, QUESTIONS).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert model.loss(tokens, ids).item() == pytest.approx(expected.item(), rel=1e-5)
     weight = torch.tensor([2.0, 0.0, 1.0])
     expected = (torch.stack(losses) * counts * weight).sum() / (counts * weight).sum()
-    assert model.loss(tokens, CAPTIONS, QUESTIONS, weight=weight).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert model.loss(tokens, ids, weight=weight).item() == pytest.approx(expected.item(), rel=1e-5)
     assert model.generate(tokens[:0]) == []
 
 
@@ -165,7 +170,7 @@ def test_only_the_answer_is_learned_and_ids_decode_to_the_template() -> None:
     decoded = [[model.tokenizer.decode(part) for part in row] for row in rows]
     assert decoded[0] == ["USER: <image>\nWhat is it? ASSISTANT:", " a cat<|endoftext|>"]
     assert decoded[1] == ["USER: <image>\nWho   now? ASSISTANT:", " <|endoftext|>"]  # one place for the image
-    inputs = model._inputs(["", "Who?"], ["a cat", "tea"], 5)
+    inputs = model._inputs(model.encode(["a cat", "tea"], ["", "Who?"]), 5)
     learned = inputs.labels != -100
     assert torch.equal(inputs.labels[learned], inputs.ids[learned])
     assert [model.tokenizer.decode(inputs.ids[i][learned[i]]) for i in (0, 1)] == [
@@ -178,11 +183,11 @@ def test_only_the_answer_is_learned_and_ids_decode_to_the_template() -> None:
 
 def test_a_tokenizer_without_a_placeholder_needs_no_embedding_for_it() -> None:
     model = llava(prompt="Who?")
-    expected = model.loss(image_tokens(), CAPTIONS)
+    expected = model.loss(image_tokens(), model.encode(CAPTIONS))
     known = len(model.tokenizer)
     model.chat = type(model.chat)(model.tokenizer, "<picture>", "Who?")
     assert model.chat.image_id == known == model.language_model.get_input_embeddings().num_embeddings
-    assert model.loss(image_tokens(), CAPTIONS).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model.loss(image_tokens(), model.encode(CAPTIONS)).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("template", [OF_LLAVA, OF_LLAMA3, None])
@@ -245,12 +250,12 @@ def test_long_answers_are_cut_and_counted_and_none_is_masked_as_a_whole() -> Non
     prompt = len(llava().chat.tokens([""], ["x"])[0][0]) + 4  # the image is five tokens in place of one
     model = llava(max_length=prompt + 7)
     with pytest.warns(UserWarning, match=f"max_length={prompt + 7} cuts 1 of 2 answers"):
-        inputs = model._inputs(["", ""], ["a cat and a dog and " * 20, "tea"], 5)
+        inputs = model._inputs(model.encode(["a cat and a dog and " * 20, "tea"]), 5)
     assert (model.truncated, inputs.ids.shape[1]) == (1, prompt + 7)
     assert inputs.labels[0, -1] != model.chat.end_id  # an end in mid-sentence is not learned
     assert (inputs.labels[0] != -100).sum() == 7
     with pytest.warns(UserWarning, match="cuts 1 of 1"), pytest.raises(ValueError, match="every label is masked"):
-        llava(max_length=prompt).loss(image_tokens(1), ["tea"])
+        llava(max_length=prompt).loss(image_tokens(1), model.encode(["tea"]))
     assert llava(max_length=prompt).generate(image_tokens(1), max_new_tokens=2) is not None
 
 
@@ -277,7 +282,7 @@ def test_stages_lora_and_files(tmp_path: Path, folder: Path) -> None:
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert sum(".lora_A" in name for name in trained) == 14  # seven matrices in two blocks
     tokens = torch.randn(2, 16, 64)
-    second.loss(tokens, ["a cat", "tea"]).backward()
+    second.loss(tokens, second.encode(["a cat", "tea"])).backward()
     assert all(p.grad is not None for p in trained.values())
     with pytest.raises(ValueError, match="no checkpoint there"):
         Llava(str(folder), projector=str(tmp_path / "nothing"))
@@ -311,7 +316,7 @@ def test_prompt_and_answer_stay_within_the_positions_of_the_language_model() -> 
     model = llava(language_model=gpt2)
     assert model.max_length == prompt + 3
     with pytest.warns(UserWarning, match=f"max_length={prompt + 3} cuts 1 of 1"):
-        assert model.loss(tokens, ["a cat and a dog and a cow"]).isfinite()
+        assert model.loss(tokens, model.encode(["a cat and a dog and a cow"])).isfinite()
     bias = torch.zeros(2048)
     bias[0] = -1e4  # no text ends by itself
     head = model.language_model.lm_head.forward
@@ -320,7 +325,7 @@ def test_prompt_and_answer_stay_within_the_positions_of_the_language_model() -> 
         limited = model.generate(tokens, num_beams=beams, max_new_tokens=3)
         assert model.generate(tokens, num_beams=beams, max_new_tokens=67) == limited
     with pytest.raises(ValueError, match=rf"positions, and the language model has {prompt + 3} .*Shorten the prompt"):
-        model.generate(tokens, ["Which of the two animals, and why?" * 3])
+        model.generate(tokens, model.encode_questions(["Which of the two animals, and why?" * 3]))
 
 
 def test_what_a_checkpoint_replaces_and_what_no_tensor_shows(folder: Path) -> None:
@@ -336,7 +341,7 @@ def test_what_a_checkpoint_replaces_and_what_no_tensor_shows(folder: Path) -> No
 def test_recomputed_activations_give_the_same_gradients() -> None:
     plain, recomputed = llava(), llava(grad_checkpointing=True)
     for model in (plain, recomputed):
-        model.loss(image_tokens(), CAPTIONS, QUESTIONS).backward()
+        model.loss(image_tokens(), model.encode(CAPTIONS, QUESTIONS)).backward()
     for (name, first), second in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
         torch.testing.assert_close(first.grad, second.grad, msg=name)
     greedy = [model.generate(image_tokens(), num_beams=1, max_new_tokens=4) for model in (plain, recomputed)]
@@ -356,7 +361,7 @@ def test_arguments_and_features_that_do_not_fit_are_refused(folder: Path, tmp_pa
         with pytest.raises(ValueError, match=message):
             llava(**settings)
     with pytest.raises(ValueError, match=r"\(3, T, 8\): set image_dim"):
-        llava().loss(torch.randn(3, 5, 9), CAPTIONS)
+        llava().loss(torch.randn(3, 5, 9), llava().encode(CAPTIONS))
     with pytest.raises(ValueError, match=r"shape \(3, 8\), but this Llava reads patch tokens"):
         llava().generate(torch.randn(3, 8))
     AutoConfig.for_model(**LLAMA).save_pretrained(tmp_path)

@@ -11,9 +11,9 @@ import torch
 from tiny_pipelines import build
 from torch import Tensor, nn
 
-from gmail_lightning.models import ClipCap, DiffusersGenerator, GeneratedImages, OpenCLIPEncoder
+from gmail_lightning.models import ClipCap, DiffusersGenerator, GeneratedImages, Llava, OpenCLIPEncoder
 from gmail_lightning.testing import check_captioner, check_encoder, check_generator
-from gmail_lightning.types import TextSpec
+from gmail_lightning.types import CaptionSpec, TextSpec
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
 TINY = {
@@ -138,8 +138,46 @@ def clipcap(cls: type[ClipCap] = ClipCap) -> ClipCap:
     return cls(image_dim=16, language_model=GPT2, tokenizer="emoji", prefix_length=2)
 
 
-def test_our_captioner() -> None:
+def test_our_captioners() -> None:
     check_captioner(clipcap())
+    check_captioner(Llava(language_model=GPT2, tokenizer="emoji", image_dim=8, tune="full"))
+
+
+class Held(CaptionSpec):
+    """Holds what it should not, and says other things than it should."""
+
+    def __init__(self, held: Any, captions: Any = None, after: Any = None) -> None:
+        self.held, self.captions, self.after = held, captions, after
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.captions = self.captions if self.after is None else self.after
+
+    def encode(self, captions, questions):
+        return self.captions
+
+    def encode_questions(self, questions):
+        return {"prompt_ids": torch.zeros(len(questions), 0, dtype=torch.long)}
+
+
+LABELS = {"caption_labels": torch.ones(3, 2, dtype=torch.long), "caption_length": [2, 2, 2]}
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        (Held(nn.Linear(1, 1), LABELS), "it holds a Linear, which every worker would copy"),
+        (Held(None, LABELS, {"caption_labels": LABELS["caption_labels"] + 1}), "other caption_labels in a worker"),
+        (Held((i for i in ()), LABELS), "sent to a worker process, raises TypeError"),
+        (Held(None, {"caption_ids": LABELS["caption_labels"]}), "no caption_labels for 3 texts"),
+        (Held(None, {"caption_labels": torch.ones(3, 2)}), "no caption_labels for 3 texts: return it, int64"),
+    ],
+)
+def test_faults_of_a_caption_spec(spec: Held, told: str) -> None:
+    class Faulty(ClipCap):
+        caption_spec = spec
+
+    assert told in faults(check_captioner, clipcap(Faulty))
 
 
 @pytest.mark.parametrize(

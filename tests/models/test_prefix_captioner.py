@@ -44,9 +44,9 @@ def test_loss_equals_a_hand_computation(mapper: Any, language_model: dict[str, A
     for feature, caption in zip(features, captions, strict=True):
         ids = [*model.tokenizer(caption).input_ids, model.tokenizer.eos_token_id]
         terms.append(-log_probabilities(model, feature, ids))
-    given = model.loss(features, captions)
+    given = model.loss(features, model.encode(captions))
     torch.testing.assert_close(given.double(), torch.cat(terms).mean(), atol=1e-5, rtol=1e-5)
-    weighted = model.loss(features, captions, weight=torch.tensor([1.0, 0.0, 2.0]))
+    weighted = model.loss(features, model.encode(captions), weight=torch.tensor([1.0, 0.0, 2.0]))
     expected = (terms[0].sum() + 2 * terms[2].sum()) / (len(terms[0]) + 2 * len(terms[2]))
     torch.testing.assert_close(weighted.double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -185,7 +185,7 @@ def test_a_stop_token_ends_captions_and_is_not_appended() -> None:
     model, feature = tiny(stop="."), torch.randn(1, 12)
     ids = model.tokenizer("a cat.").input_ids
     expected = -log_probabilities(model, feature[0], ids).mean()
-    torch.testing.assert_close(model.loss(feature, ["a cat."]).double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.loss(feature, model.encode(["a cat."])).double(), expected, atol=1e-5, rtol=1e-5)
     bias = torch.zeros(2048)
     bias[model.end_id] = 1e4
     head = model.gpt.lm_head.forward
@@ -201,7 +201,7 @@ def test_long_captions_are_cut_and_counted() -> None:
     short = [*model.tokenizer("cat").input_ids, 0]
     terms = [log_probabilities(model, f, ids) for f, ids in zip(feature, (cut, short), strict=True)]
     with pytest.warns(UserWarning, match="more than max_length=4 tokens is cut"):
-        given = model.loss(feature, ["smiling face with sunglasses and a hat", "cat"])
+        given = model.loss(feature, model.encode(["smiling face with sunglasses and a hat", "cat"]))
     torch.testing.assert_close(given.double(), -torch.cat(terms).mean(), atol=1e-5, rtol=1e-5)
     assert model.truncated == 1
 
@@ -213,7 +213,7 @@ def test_prefix_and_caption_stay_within_the_positions_of_the_language_model(num_
     caption = "smiling face with sunglasses and a hat"
     ids = model.tokenizer(caption).input_ids[:5]
     with pytest.warns(UserWarning, match="more than max_length=5 tokens is cut"):
-        given = model.loss(feature[:1], [caption])
+        given = model.loss(feature[:1], model.encode([caption]))
     torch.testing.assert_close(given.double(), -log_probabilities(model, feature[0], ids).mean(), atol=1e-5, rtol=1e-5)
     bias = torch.zeros(2048)
     bias[0] = -1e4  # no text ends by itself
@@ -229,7 +229,7 @@ def test_prefix_and_caption_stay_within_the_positions_of_the_language_model(num_
 def test_the_loss_keeps_no_cache() -> None:
     model, outputs = tiny(), []
     model.gpt.register_forward_hook(lambda module, given, output: outputs.append(output))
-    model.loss(torch.randn(1, 12), ["a"])
+    model.loss(torch.randn(1, 12), model.encode(["a"]))
     assert [output.past_key_values for output in outputs] == [None]
 
 
@@ -256,7 +256,7 @@ def test_a_language_model_that_is_kept_stays_in_eval_and_unchanged(tmp_path: Pat
     model = tiny(seed=1, language_model=str(tmp_path), tokenizer=None, tune_language_model=False).train()
     assert not any(module.training for module in model.gpt.modules())
     assert model.clip_project.training
-    model.loss(torch.randn(2, 12), ["a", "b"]).backward()
+    model.loss(torch.randn(2, 12), model.encode(["a", "b"])).backward()
     assert all(p.grad is None for p in model.gpt.parameters())
     assert all(p.grad is not None for p in model.clip_project.parameters())
     with pytest.raises(ValueError, match="needs a language model with weights"):
@@ -271,6 +271,8 @@ def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="give mlp, transformer or linear"):
         tiny(mapper="perceiver")
     with pytest.raises(ValueError, match="ClipCap answers no questions"):
-        tiny().loss(torch.randn(1, 12), ["a"], ["what?"])
+        tiny().encode(["a"], ["what?"])
+    with pytest.raises(ValueError, match="ClipCap answers no questions"):
+        tiny().encode_questions(["", "what?"])
     with pytest.raises(ValueError, match="no token to learn"):
-        tiny(stop=".").loss(torch.randn(1, 12), [""])
+        tiny(stop=".").encode([""])

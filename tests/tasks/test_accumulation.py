@@ -120,7 +120,7 @@ def test_a_llava_counts_the_tokens_of_its_answers() -> None:
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     made = Llava(language_model={"model_type": "llama", **size}, tokenizer="emoji", image_dim=8, tune="full")
     texts, weight = ["a cat", "a red dog on a hill"], torch.tensor([2.0, 1.0])
-    made.loss(torch.randn(2, 3, 8), texts, weight=weight)
+    made.loss(torch.randn(2, 3, 8), made.encode(texts), weight=weight)
     answers = [len(answer) for _, answer in made.chat.tokens(["", ""], texts)]
     assert answers[1] > answers[0] > 1
     assert float(made.tokens) == 2 * answers[0] + answers[1]

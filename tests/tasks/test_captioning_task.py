@@ -20,7 +20,7 @@ from gmail_lightning.models import ClipCap, ImageEncoder, Llava, ModalityEncoder
 from gmail_lightning.models.branches.fingerprint import frozen_weights, weights_difference
 from gmail_lightning.tasks import CaptioningTask, EmbeddingTask, captioning
 from gmail_lightning.tasks.encoder_task import reaching
-from gmail_lightning.types import Modality
+from gmail_lightning.types import CaptionSpec, Modality
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
 
@@ -57,14 +57,13 @@ def test_loss_is_the_captioners_on_each_branch(aligned: Any, tmp_path: Path) -> 
     plain = tiny_encoder().encode_image(batch["image"])
     other = aligned.task.encoder.encode_image(batch["image"], torch.ones(len(generated), dtype=torch.long))
     features = torch.where(generated[:, None], other, plain)
+    ids = made.captioner.encode(batch["caption"])
     torch.testing.assert_close(
-        made.compute_losses(batch)["loss"], made.captioner.loss(features, batch["caption"]), rtol=1e-5, atol=1e-6
+        made.compute_losses(batch)["loss"], made.captioner.loss(features, ids), rtol=1e-5, atol=1e-6
     )
     weight = torch.rand(len(generated))
     weighted = made.compute_losses({**batch, "weight": weight})["loss"]
-    torch.testing.assert_close(
-        weighted, made.captioner.loss(features, batch["caption"], weight=weight), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(weighted, made.captioner.loss(features, ids, weight=weight), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(weighted, made.compute_losses(batch)["loss"], atol=1e-6)
 
 
@@ -189,9 +188,31 @@ class Quiz(EmojiDataset):
         return ["The answer is B." if self.image_id[index] % 2 == 0 else "The answer is A."]
 
 
+class Asked(CaptionSpec):
+    """Ids of questions: their letters."""
+
+    def encode(self, captions, questions):
+        raise AssertionError("nothing is trained")
+
+    def encode_questions(self, questions):
+        letters = [[ord(letter) for letter in question.ljust(20)] for question in questions]
+        return {"prompt_ids": torch.tensor(letters)}
+
+
+class Answering(ClipCap):
+    """Says always the same, and notes what it is asked."""
+
+    caption_spec = Asked()
+
+    def generate(self, image_features, prompts=None, **settings):
+        self.asked.extend("".join(map(chr, ids)).strip() for ids in prompts["prompt_ids"].tolist())
+        return ["B. a thing"] * len(image_features)
+
+
 def test_multiple_choice_questions_are_scored_by_their_letter(tmp_path: Path) -> None:
-    made, asked = task(), []
-    made.captioner.generate = lambda x, questions, **k: (asked.extend(questions), ["B. a thing"] * len(x))[1]  # type: ignore[method-assign]
+    answering = Answering(16, GPT2, "emoji", prefix_length=2)
+    made, asked = task(captioner=answering), []
+    answering.asked = asked
     sets = [Quiz("noto", "novel")]
     quiet_trainer(tmp_path).validate(made, MixedModalityDataModule(sets, {"quiz": sets}), verbose=False)
     even = (sets[0].image_id % 2 == 0).mean()
@@ -200,6 +221,12 @@ def test_multiple_choice_questions_are_scored_by_their_letter(tmp_path: Path) ->
     assert (made.results["quiz"].values["questions"], made.results["quiz"].values["unparsable"]) == (len(sets[0]), 0)
     assert "generated_IMG-Accuracy" not in made.results["quiz"].values
     assert sorted(asked) == sorted(f"Which one? {i}" for i in range(len(sets[0])))
+
+
+def test_questions_to_a_captioner_that_answers_none_are_refused(tmp_path: Path) -> None:
+    sets = [Quiz("noto", "novel")]
+    with pytest.raises(ValueError, match="ClipCap answers no questions, but the data ask some: use Llava"):
+        quiet_trainer(tmp_path).validate(task(), MixedModalityDataModule(sets, {"quiz": sets}), verbose=False)
 
 
 def test_a_collapse_is_told(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
-from gmail_lightning.models import Captioner, ClipCap, Llava
+from gmail_lightning.models import Captioner, ClipCap, Llava, ModalityEncoder
 from gmail_lightning.tasks import CaptioningTask
 
 LLAMA = {
@@ -36,7 +36,8 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def task(language: Path, aligned: Any = None, **settings: Any) -> CaptioningTask:
     torch.manual_seed(1)
     captioner = Llava(language_model=str(language), image_dim=32, **settings)
-    return CaptioningTask(tiny_encoder(), captioner, aligned, num_beams=1, max_new_tokens=4, min_unique_captions=0.0)
+    encoder = tiny_encoder() if aligned is None else ModalityEncoder(tiny_encoder(), aligned=aligned)
+    return CaptioningTask(encoder, captioner, num_beams=1, max_new_tokens=4, min_unique_captions=0.0)
 
 
 def test_patch_tokens_take_the_branch_of_their_modality(language: Path, aligned: Any) -> None:
@@ -49,9 +50,9 @@ def test_patch_tokens_take_the_branch_of_their_modality(language: Path, aligned:
     other = aligned.task.encoder.encoder.image_tokens(image, layer=-2)
     tokens = torch.where(modality[:, None, None].bool(), other, plain)
     assert not torch.allclose(plain, other)
-    expected = made.captioner.loss(tokens, batch["caption"])
+    expected = made.captioner.loss(tokens, made.captioner.encode(batch["caption"]))
     assert made.compute_losses(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
-    real_only = made.captioner.loss(plain, batch["caption"])
+    real_only = made.captioner.loss(plain, made.captioner.encode(batch["caption"]))
     assert abs(expected.item() - real_only.item()) > 1e-4
 
 

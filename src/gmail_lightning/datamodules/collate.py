@@ -105,6 +105,11 @@ def collate(
     return cast(ImageTextBatch, batch)
 
 
+def asked(batch: ImageTextBatch) -> list[str]:
+    """What the caption of each row answers, "" for nothing."""
+    return batch.get("question", [""] * len(batch["modality"]))
+
+
 def as_is(batch: Any) -> Any:
     """The data sets of the loaders make whole batches; nothing is left to collate."""
     return batch

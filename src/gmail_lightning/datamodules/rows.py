@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from gmail_lightning.datamodules.collate import RowTable, collate
+from gmail_lightning.datamodules.collate import RowTable, asked, collate
 from gmail_lightning.datasets.base import DataError, ImageDecodeError, ImageTextDataset
 from gmail_lightning.datasets.pictures import Picture, look_at, read_picture
 from gmail_lightning.samplers.mixed_modality import Pairs, stable_hash
@@ -69,6 +70,8 @@ class TrainRows(Dataset[ImageTextBatch]):
         texts = [options[number % len(options)] for options, number in zip(captions, draw, strict=True)]
         batch = collate(self.table, rows, index, self.spec, pictures, texts, list(range(len(index))))
         batch["caption"] = texts
+        if self.spec.captions is not None:
+            cast(Any, batch).update(self.spec.captions.encode(texts, asked(batch)))
         batch["replaced"] = torch.from_numpy(replaced)
         batch["replaced_reason"] = reasons
         if self.table.weight is not None:
@@ -208,6 +211,8 @@ class EvaluationRows(Dataset[ImageTextBatch]):
         batch = collate(self.table, rows, index, self.spec, pictures, texts, text_row)
         batch["caption"] = [captions[0] for captions in references]
         batch["references"] = references
+        if self.spec.captions is not None:
+            cast(Any, batch).update(self.spec.captions.encode_questions(asked(batch)))
         batch["row_id"] = torch.tensor(items)
         if self.eval_set is not None:
             batch["eval_set"] = self.eval_set

@@ -129,5 +129,7 @@ class StreamRows(IterableDataset[ImageTextBatch]):
         batch.update(stack_pictures(pictures, lambda i: f"key {samples[i].key!r}"))
         for name, text_spec in self.spec.texts.items():
             batch[name], batch[f"{name}_row"] = encode_texts(name, text_spec, captions), torch.arange(size)
+        if self.spec.captions is not None:
+            batch.update(self.spec.captions.encode(captions, [""] * size))
         batch.update(modality_rows(batch))
         return cast(ImageTextBatch, batch)

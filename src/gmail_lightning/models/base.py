@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from gmail_lightning.types import ImageSpec, TextSpec
+from gmail_lightning.types import CaptionIds, CaptionSpec, ImageSpec, PromptIds, TextSpec
 
 ROLES = ("q", "k", "v", "out", "fc1", "fc2")
 Tower = Literal["image", "text"]
@@ -273,12 +273,24 @@ class Captioner(nn.Module, ABC):
         """What writing depends on and no trained tensor shows; a checkpoint with other values is refused."""
         return {}
 
+    @property
+    @abstractmethod
+    def caption_spec(self) -> CaptionSpec:
+        """How texts become ids; from the configuration and the tokenizer. The data workers call it."""
+
+    def encode(self, captions: list[str], questions: list[str] | None = None) -> CaptionIds:
+        """Ids of B captions, and of B questions that they answer, as the data workers make them: for ``loss``."""
+        return self.caption_spec.encode(captions, questions or [""] * len(captions))
+
+    def encode_questions(self, questions: list[str]) -> PromptIds:
+        """Ids of B questions, "" for nothing, as the data workers make them: for ``generate``."""
+        return self.caption_spec.encode_questions(questions)
+
     @abstractmethod
     def loss(
         self,
         image_features: Tensor,
-        captions: list[str],
-        questions: list[str] | None = None,
+        ids: CaptionIds,
         *,
         weight: Tensor | None = None,
         label_smoothing: float = 0.0,
@@ -287,8 +299,7 @@ class Captioner(nn.Module, ABC):
 
         Args:
             image_features: What ``reader`` gives, shape (B, D) or (B, T, W).
-            captions: B texts to be written.
-            questions: B texts that they answer; a captioner that knows none refuses them.
+            ids: What ``caption_spec`` makes of B captions: a batch, or ``encode(captions)``; on any device.
             weight: Of each row, shape (B,).
             label_smoothing: Share of the target spread over the vocabulary.
         """
@@ -297,7 +308,7 @@ class Captioner(nn.Module, ABC):
     def generate(
         self,
         image_features: Tensor,
-        questions: list[str] | None = None,
+        prompts: PromptIds | None = None,
         *,
         num_beams: int = 5,
         max_new_tokens: int = 67,
@@ -307,7 +318,8 @@ class Captioner(nn.Module, ABC):
 
         Args:
             image_features: As ``loss``.
-            questions: As ``loss``.
+            prompts: What ``caption_spec`` makes of B questions: a batch, or ``encode_questions(questions)``. None asks
+                nothing.
             num_beams: Width of the search; 1 is greedy.
             max_new_tokens: At most so many tokens each.
             length_penalty: 1 ranks by the mean log-probability of the tokens, 0 by their sum.

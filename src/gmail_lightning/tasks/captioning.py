@@ -23,7 +23,7 @@ from gmail_lightning.models.branches.fingerprint import frozen_weights, weights_
 from gmail_lightning.tasks.accumulation import TokenMean
 from gmail_lightning.tasks.encoder_task import EncoderTask, reaching
 from gmail_lightning.tasks.results import EvaluationResult
-from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
+from gmail_lightning.types import CaptionIds, ImageTextBatch, InputSpec, Modality, PromptIds
 
 PREFIXES = {Modality.REAL: "", Modality.GENERATED: "generated_"}
 
@@ -142,9 +142,9 @@ class CaptioningTask(EncoderTask):
 
     @property
     def input_spec(self) -> InputSpec:
-        """Pixels; the captioner splits the captions into tokens itself."""
+        """Pixels, and captions and questions as ids of the captioner."""
         texts = {} if self.text_noise is None else {"text": self.encoder.text_spec}
-        return InputSpec(image=self.encoder.image_spec, texts=texts)
+        return InputSpec(self.encoder.image_spec, texts, captions=self.captioner.caption_spec)
 
     def setup(self, stage: str) -> None:
         """Forgets what an earlier run found of the frozen captioner."""
@@ -167,8 +167,7 @@ class CaptioningTask(EncoderTask):
                 features = F.normalize(features + self.text_noise**0.5 * torch.randn_like(features), dim=-1)
         loss = self.captioner.loss(
             features,
-            batch["caption"],
-            batch.get("question"),
+            self._caption_ids(batch),
             weight=batch.get("weight"),
             label_smoothing=self.label_smoothing,
         )
@@ -196,12 +195,22 @@ class CaptioningTask(EncoderTask):
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         self._accumulated.divide(parameters, self.trainer.accumulate_grad_batches)
 
+    def _caption_ids(self, batch: ImageTextBatch) -> CaptionIds:
+        """Made in the worker; of a batch made by hand, or for evaluation, here."""
+        return batch if "caption_labels" in batch else self.captioner.encode(batch["caption"], batch.get("question"))
+
+    def _prompt_ids(self, batch: ImageTextBatch) -> PromptIds:
+        """Made in the worker; of a batch made by hand, or for training, here."""
+        if "prompt_ids" in batch:
+            return batch
+        return self.captioner.encode_questions(batch.get("question", [""] * len(batch["modality"])))
+
     def write(self, batch: ImageTextBatch) -> list[str]:
         """Captions of a batch, one per row."""
         features = self.encode_images(batch)
         return self.captioner.generate(
             features if self.text_noise is None else F.normalize(features.float(), dim=-1),
-            batch.get("question"),
+            self._prompt_ids(batch),
             num_beams=self.num_beams,
             max_new_tokens=self.max_new_tokens,
             length_penalty=self.length_penalty,

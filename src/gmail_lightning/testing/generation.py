@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmail_lightning.models.base import Captioner, ImageGenerator
 from gmail_lightning.testing.faults import CAPTIONS, outcome, plain_faults, reload_faults, report, require
+from gmail_lightning.types import CaptionSpec
 
 RECIPE = ("generator", "revision", "scheduler", "steps", "guidance", "size")
 
 
 def check_captioner(captioner: Captioner, image_dim: int = 16, tokens: int = 5) -> None:
-    """Checks a ``Captioner``: loss, gradients, weights of rows, captions, determinism, and a state that reloads.
+    """Checks a ``Captioner``: ids, loss, gradients, weights of rows, captions, determinism, a state that reloads.
 
     Args:
         captioner: With tiny weights.
@@ -43,7 +47,12 @@ def check_generator(generator: ImageGenerator) -> None:
 
 def _captioner_faults(captioner: Captioner, features: Tensor) -> Iterator[str]:
     captioner.eval()
-    loss, faults = outcome("loss", lambda: captioner.loss(features, CAPTIONS))
+    yield from _caption_spec_faults(captioner)
+    ids, faults = outcome("encode", lambda: captioner.encode(CAPTIONS))
+    yield from faults
+    if faults:
+        return
+    loss, faults = outcome("loss", lambda: captioner.loss(features, ids))
     yield from faults
     if faults:
         return
@@ -56,10 +65,10 @@ def _captioner_faults(captioner: Captioner, features: Tensor) -> Iterator[str]:
         dead = [name for name, p in trained.items() if p.grad is None]
         if dead:
             yield f"{len(dead)} trainable parameters get no gradient, such as {dead[0]}: freeze what loss does not use."
-    without, faults = outcome("loss of two rows", lambda: captioner.loss(features[:2], CAPTIONS[:2]))
+    without, faults = outcome("loss of two rows", lambda: captioner.loss(features[:2], captioner.encode(CAPTIONS[:2])))
     yield from faults
     weighed, more = outcome(
-        "loss with weight", lambda: captioner.loss(features, CAPTIONS, weight=torch.tensor([1.0, 1.0, 0.0]))
+        "loss with weight", lambda: captioner.loss(features, ids, weight=torch.tensor([1.0, 1.0, 0.0]))
     )
     yield from more
     if not faults and not more and not torch.allclose(without, weighed, rtol=1e-3, atol=1e-5):
@@ -75,8 +84,47 @@ def _captioner_faults(captioner: Captioner, features: Tensor) -> Iterator[str]:
             yield f"generate returns {captions!r} for 3 images: return 3 texts."
         if captions != write():
             yield "generate writes other captions for the same features: draw nothing at random."
-    yield from reload_faults(captioner, lambda: captioner.loss(features, CAPTIONS).detach())
+        asked = captioner.encode_questions([""] * len(features))
+        if captions != captioner.generate(features, asked, num_beams=2, max_new_tokens=4):
+            yield "generate writes other captions without prompts: encode empty questions where they are None."
+    yield from reload_faults(captioner, lambda: captioner.loss(features, ids).detach())
     yield from plain_faults(captioner.describe())
+
+
+class _WithoutModel(pickle.Pickler):
+    """Refuses what no worker should be sent."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, nn.Module):
+            raise TypeError(f"it holds a {type(obj).__name__}, which every worker would copy: hold the tokenizer alone")
+        return NotImplemented
+
+
+def _sent(spec: CaptionSpec) -> CaptionSpec:
+    """As a worker process that is spawned gets it."""
+    file = io.BytesIO()
+    _WithoutModel(file).dump(spec)
+    return cast(CaptionSpec, pickle.loads(file.getvalue()))
+
+
+def _caption_spec_faults(captioner: Captioner) -> Iterator[str]:
+    """Whether a data worker can make the ids that the captioner itself makes."""
+    questions = [""] * len(CAPTIONS)
+
+    def made(spec: CaptionSpec) -> dict[str, Any]:
+        return {**spec.encode(CAPTIONS, questions), **spec.encode_questions(questions)}
+
+    ids, faults = outcome("caption_spec", lambda: made(captioner.caption_spec))
+    sent, more = outcome("caption_spec, sent to a worker process,", lambda: made(_sent(captioner.caption_spec)))
+    yield from faults or more
+    if faults or more:
+        return
+    for key in ("caption_labels", "prompt_ids"):
+        found = ids.get(key)
+        if not isinstance(found, Tensor) or found.dtype != torch.int64 or found.shape[:1] != (len(CAPTIONS),):
+            yield f"caption_spec returns no {key} for 3 texts: return it, int64 of shape (3, L)."
+        elif not torch.equal(found, sent[key]):
+            yield f"caption_spec gives other {key} in a worker process: let it hold all that they depend on."
 
 
 def _generator_faults(generator: ImageGenerator) -> Iterator[str]:

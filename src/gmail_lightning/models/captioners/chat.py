@@ -108,7 +108,12 @@ class ImageChat:
         self.format = chat_format(tokenizer, image_token)
         self.end_id = self.format.end_id
         self.start_ids = _start_ids(tokenizer, self.format.prompt(QUESTION))
-        self.tokens([QUESTION], [ANSWER])  # a template that does not fit shows now
+        prompt = self.tokens([QUESTION], [ANSWER])[0][0]  # a template that does not fit shows now
+        if prompt.count(self.image_id) != 1:
+            raise ValueError(
+                f"The tokenizer makes no single token of {image_token!r} within a prompt, so that the image has no "
+                "place: give a tokenizer that has it as a special token."
+            )
 
     def tokens(self, questions: list[str], captions: list[str] | None) -> list[tuple[list[int], list[int]]]:
         """Token ids of every prompt, and of what follows it: those of the whole less those of the prompt.

@@ -6,10 +6,8 @@ import inspect
 from importlib import resources
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from gmail_lightning.losses.captioning import IGNORED
 from gmail_lightning.models.weights import plain_files
 
 EMOJI = "emoji"  # the tokenizer that ships with the package
@@ -99,24 +97,6 @@ def max_positions(model: Any) -> int | None:
     """Longest sequence that a language model knows, embeddings of an image included; None where it sets no limit."""
     found = getattr(model.config, "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
-
-
-def caption_labels(tokenizer: Any, captions: list[str], max_length: int, end_id: int | None) -> tuple[Tensor, int]:
-    """Token ids of captions, shape (B, L), with -100 behind each, and how many captions were cut.
-
-    Args:
-        tokenizer: Of Hugging Face.
-        captions: B texts; surrounding white space is dropped.
-        max_length: Longest caption in tokens, its end token included.
-        end_id: Token that is put behind every caption that fits; None for none.
-    """
-    texts: list[list[int]] = tokenizer([c.strip() for c in captions], add_special_tokens=False).input_ids
-    ended = [ids + ([] if end_id is None else [end_id]) for ids in texts]
-    length = min(max_length, max(map(len, ended), default=0))
-    labels = torch.full((len(ended), length), IGNORED)
-    for row, ids in enumerate(ended):
-        labels[row, : len(ids[:length])] = torch.tensor(ids[:length], dtype=torch.long)
-    return labels, sum(len(ids) > max_length for ids in ended)
 
 
 def written(

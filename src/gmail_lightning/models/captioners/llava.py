@@ -10,19 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gmail_lightning.losses.captioning import IGNORED, caption_loss, counted_tokens, refuse_masked
+from gmail_lightning.losses.captioning import IGNORED, caption_loss, counted_tokens
 from gmail_lightning.models.base import Captioner, ImageReader
 from gmail_lightning.models.captioners.chat import ImageChat
 from gmail_lightning.models.captioners.language_model import max_positions, written
 from gmail_lightning.models.captioners.loading import llava_from_parts, load_llava, load_projector
+from gmail_lightning.models.captioners.placeholder import expand, put_image
+from gmail_lightning.models.captioners.texts import ChatTexts
 from gmail_lightning.models.encoders.readers import PatchTokens
 from gmail_lightning.models.restoring import restored
+from gmail_lightning.types import CaptionIds, PromptIds
 
 
 class _Inputs(NamedTuple):
-    """B rows, padded; on the CPU."""
+    """B rows as the language model reads them, padded on the right."""
 
-    ids: Tensor  # (B, L), the image placeholder T times
+    ids: Tensor  # (B, L), the image placeholder T times, IGNORED for padding
     labels: Tensor  # (B, L), those of ``ids`` in the answers, else IGNORED
     mask: Tensor  # (B, L) bool, False for padding
 
@@ -163,22 +166,30 @@ class Llava(Captioner):
             self.language_model.eval()
         return self
 
+    @property
+    def caption_spec(self) -> ChatTexts:
+        """See ``Captioner``; a question that is empty is ``prompt``."""
+        return ChatTexts(self.chat, self.max_length)
+
     def loss(
         self,
         image_features: Tensor,
-        captions: list[str],
-        questions: list[str] | None = None,
+        ids: CaptionIds,
         *,
         weight: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """See ``Captioner``; a question that is empty is ``prompt``."""
-        self._check(image_features, captions)
-        inputs = self._inputs(questions or [""] * len(captions), captions, image_features.shape[1])
-        refuse_masked(inputs.labels, captions)
-        first = int((inputs.labels != IGNORED).any(dim=0).nonzero()[0])  # no logits are needed before the answers
+        """See ``Captioner``.
+
+        Raises:
+            ValueError: If the features are of another shape, or leave a caption no place within ``max_length``.
+        """
+        self._check(image_features, len(ids["caption_ids"]))
+        num_patches = image_features.shape[1]
+        inputs = self._inputs(ids, num_patches)
+        first = min(ids["caption_start"]) + num_patches - 1  # no logits are needed before the captions
         output = self.language_model(
-            inputs_embeds=self._embed(inputs.ids, image_features),
+            inputs_embeds=self._embed(inputs.ids, ids["caption_image_column"], image_features),
             attention_mask=inputs.mask.long().to(image_features.device),
             logits_to_keep=inputs.labels.shape[1] - first + 1,
             use_cache=False,
@@ -197,7 +208,7 @@ class Llava(Captioner):
     def generate(
         self,
         image_features: Tensor,
-        questions: list[str] | None = None,
+        prompts: PromptIds | None = None,
         *,
         num_beams: int = 5,
         max_new_tokens: int = 67,
@@ -206,53 +217,66 @@ class Llava(Captioner):
         """See ``Captioner``."""
         if len(image_features) == 0:
             return []
-        questions = questions or [""] * len(image_features)
-        self._check(image_features, questions)
-        inputs = self._inputs(questions, None, image_features.shape[1])
+        prompts = self.encode_questions([""] * len(image_features)) if prompts is None else prompts
+        self._check(image_features, len(prompts["prompt_ids"]))
+        column = prompts["prompt_image_column"]
+        ids = expand(prompts["prompt_ids"], column, image_features.shape[1])
         return written(
             self.language_model,
             self.tokenizer,
-            self._embed(inputs.ids, image_features),
-            inputs.mask.long().to(image_features.device),
+            self._embed(ids, column, image_features),
+            (ids != IGNORED).long().to(image_features.device),
             end_id=self.chat.end_id,
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
             length_penalty=length_penalty,
         )
 
-    def _check(self, image_features: Tensor, texts: list[str]) -> None:
-        if image_features.ndim != 3 or image_features.shape[::2] != (len(texts), self.image_dim):
+    def _check(self, image_features: Tensor, num_rows: int) -> None:
+        if image_features.ndim != 3 or image_features.shape[::2] != (num_rows, self.image_dim):
             raise ValueError(
                 f"Features of shape {tuple(image_features.shape)}, but this Llava reads patch tokens of shape "
-                f"({len(texts)}, T, {self.image_dim}): set image_dim to the width of the encoder's tower."
+                f"({num_rows}, T, {self.image_dim}): set image_dim to the width of the encoder's tower."
             )
 
-    def _embed(self, ids: Tensor, image_features: Tensor) -> Tensor:
-        """Embeddings (B, L, width) of token ids (B, L), the projected patch tokens (B, T, W) in their places."""
-        ids = ids.to(image_features.device)
-        is_image = ids == self.chat.image_id
-        words = self.language_model.get_input_embeddings()(ids.masked_fill(is_image, 0))
-        tokens = self.projector(image_features.to(next(self.projector.parameters()).dtype))
-        return cast(Tensor, words.masked_scatter(is_image[..., None], tokens.to(words.dtype)))
+    def _embed(self, ids: Tensor, image_column: Tensor, image_features: Tensor) -> Tensor:
+        """Embeddings (B, L, width) of ids (B, L), the projected patch tokens (B, T, W) from ``image_column`` (B,) on.
 
-    def _inputs(self, questions: list[str], captions: list[str] | None, num_patches: int) -> _Inputs:
-        """Rows of prompt and answer, padded on the right; without captions of prompts, padded on the left."""
-        rows: list[list[int]] = []
-        starts, cut = [], 0  # where the answers begin; how many are cut
-        for prompt, answer in self.chat.tokens(questions, captions):
-            start = [token for i in prompt for token in ([i] * num_patches if i == self.chat.image_id else [i])]
-            rows.append(start + answer[: max(self.max_length - len(start), 0)])
-            starts.append(len(start))
-            cut += len(start) + len(answer) > self.max_length
-        if captions is not None and cut:
-            if not self.truncated:
-                warnings.warn(f"max_length={self.max_length} cuts {cut} of {len(rows)} answers.", stacklevel=3)
-            self.truncated += cut
-        length = max(map(len, rows))
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids, dtype=torch.bool)
-        for i, (row, first) in enumerate(zip(rows, starts, strict=True)):
-            at = slice(0, len(row)) if captions is not None else slice(length - len(row), length)
-            ids[i, at], mask[i, at] = torch.tensor(row), True
-            labels[i, first : len(row)] = ids[i, first : len(row)]
-        return _Inputs(ids, labels, mask)
+        Neither the placeholder nor padding has an embedding; any stands in for them.
+        """
+        ids = ids.to(image_features.device)
+        known = ids.masked_fill((ids == self.chat.image_id) | (ids == IGNORED), 0)
+        words = self.language_model.get_input_embeddings()(known)
+        tokens = self.projector(image_features.to(next(self.projector.parameters()).dtype))
+        return put_image(words, image_column.to(ids.device), tokens.to(words.dtype))
+
+    def _inputs(self, ids: CaptionIds, num_patches: int) -> _Inputs:
+        """Rows of prompt and caption, the image as wide as it is, cut to ``max_length``."""
+        self._count_cut(ids, num_patches - 1)
+        column = ids["caption_image_column"]
+        whole = expand(ids["caption_ids"], column, num_patches)[:, : self.max_length]
+        labels = expand(ids["caption_labels"], column, num_patches)[:, : self.max_length]
+        return _Inputs(whole, labels, whole != IGNORED)
+
+    def _count_cut(self, ids: CaptionIds, more: int) -> None:
+        """Counts captions that are cut, and refuses rows in which nothing is left of one.
+
+        Args:
+            ids: Their lengths, of rows in which the image has one place.
+            more: How many it takes besides.
+        """
+        starts, lengths = ids["caption_start"], ids["caption_length"]
+        cut = sum(length + more > self.max_length for length in lengths)
+        if cut and not self.truncated:
+            warnings.warn(f"max_length={self.max_length} cuts {cut} of {len(lengths)} answers.", stacklevel=4)
+        self.truncated += cut
+        masked = [row for row, start in enumerate(starts) if start + more >= self.max_length]
+        if masked:
+            row = masked[0]
+            labels = ids["caption_labels"][row]
+            text = self.tokenizer.decode(labels[labels != IGNORED].tolist(), skip_special_tokens=True).strip()
+            raise ValueError(
+                f"{len(masked)} of {len(starts)} rows have no token to learn: every label is masked, as that of "
+                f"{text!r}. Its prompt takes {starts[row] + more} positions, the image included, of "
+                f"max_length={self.max_length}: raise max_length, or shorten the prompt or the question."
+            )

@@ -9,17 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gmail_lightning.losses.captioning import caption_loss, counted_tokens, refuse_masked
+from gmail_lightning.losses.captioning import caption_loss, counted_tokens
 from gmail_lightning.models.base import Captioner
-from gmail_lightning.models.captioners.language_model import (
-    build_language_model,
-    caption_labels,
-    max_positions,
-    written,
-)
+from gmail_lightning.models.captioners.language_model import build_language_model, max_positions, written
+from gmail_lightning.models.captioners.texts import PlainTexts
 from gmail_lightning.models.encoders.readers import PooledFeatures
 from gmail_lightning.models.restoring import restored
 from gmail_lightning.models.weights import plain_names
+from gmail_lightning.types import CaptionIds, PromptIds
 
 Mapper = Literal["mlp", "transformer", "linear"]
 HEADS = 8  # of the transformer mapper
@@ -207,25 +204,25 @@ class ClipCap(Captioner):
             features = F.normalize(features, dim=-1)
         return cast(Tensor, self.clip_project(features).view(len(features), self.prefix_length, -1))
 
+    @property
+    def caption_spec(self) -> PlainTexts:
+        """See ``Captioner``."""
+        return PlainTexts(self.tokenizer, self.max_length, self.end_id if self.appends_end else None)
+
     def loss(
         self,
         image_features: Tensor,
-        captions: list[str],
-        questions: list[str] | None = None,
+        ids: CaptionIds,
         *,
         weight: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> Tensor:
         """See ``Captioner``; the first word is predicted from the prefix alone."""
-        self._refuse(questions)
-        labels, cut = caption_labels(
-            self.tokenizer, captions, self.max_length, self.end_id if self.appends_end else None
-        )
-        refuse_masked(labels, captions)
+        cut = sum(length > self.max_length for length in ids["caption_length"])
         if cut and not self.truncated:
             warnings.warn(f"A caption of more than max_length={self.max_length} tokens is cut.", stacklevel=2)
         self.truncated += cut
-        labels = labels.to(image_features.device)
+        labels = ids["caption_labels"].to(image_features.device)
         words: Tensor = self.gpt.get_input_embeddings()(labels.clamp(min=0))
         inputs = torch.cat([self.prefix(image_features), words], dim=1)
         seen = F.pad(labels >= 0, (self.prefix_length, 0), value=True)
@@ -240,14 +237,13 @@ class ClipCap(Captioner):
     def generate(
         self,
         image_features: Tensor,
-        questions: list[str] | None = None,
+        prompts: PromptIds | None = None,
         *,
         num_beams: int = 5,
         max_new_tokens: int = 67,
         length_penalty: float = 1.0,
     ) -> list[str]:
-        """See ``Captioner``."""
-        self._refuse(questions)
+        """See ``Captioner``; the image is the whole prompt."""
         if len(image_features) == 0:
             return []
         prefix = self.prefix(image_features)
@@ -261,7 +257,3 @@ class ClipCap(Captioner):
             max_new_tokens=max_new_tokens,
             length_penalty=length_penalty,
         )
-
-    def _refuse(self, questions: list[str] | None) -> None:
-        if questions is not None:
-            raise ValueError("ClipCap answers no questions, but the data ask some: use Llava.")
