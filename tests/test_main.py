@@ -68,7 +68,7 @@ def test_fit_fills_the_run_folder(run: Path) -> None:
 
 def test_a_checkpoint_of_the_command_line_needs_no_arguments(run: Path) -> None:
     path = run / "checkpoints/last.ckpt"
-    assert torch.load(path, weights_only=True)["hyper_parameters"]["rank"] > 0
+    assert torch.load(path, weights_only=True)["branches"]["branch"]["init_args"]["rank"] > 0
     task, encoder = AlignmentTask.load_from_checkpoint(path).eval(), ModalityEncoder.from_checkpoint(path)
     image, modality = torch.rand(4, 3, 64, 64), torch.tensor([1, 0, 1, 0])
     with torch.no_grad():
@@ -181,7 +181,7 @@ def with_data(verb: str, absent: list[str], kind: str = "MixedModalityDataModule
             "novel": {"kinds": ["caption", "image_id", "pixels"], "reason": "the same drawings"}
         }
     data = {"class_path": kind, "init_args": {"batch_size": 8, **settings}}
-    model = {"class_path": "AlignmentTask", "init_args": {"encoder": RANDOM, "rank": 2}}
+    model = {"class_path": "AlignmentTask", "init_args": {"encoder": RANDOM}}
     trainer = {"accelerator": "cpu", "max_steps": 1, "logger": False, "enable_progress_bar": False}
     trainer |= {f"limit_{stage}_batches": 1 for stage in ("val", "test", "predict")}
     Path("own.yaml").write_text(json.dumps({"trainer": trainer, "model": model, "data": data}))
@@ -222,8 +222,8 @@ def test_pretraining_then_export_loads_in_plain_open_clip(tmp_path: Path) -> Non
     assert status(["export", str(checkpoint), "--out", str(tmp_path / "clip")]) == 0
     plain = open_clip.create_model(f"local-dir:{tmp_path / 'clip'}")
     task = RetrievalTask.load_from_checkpoint(checkpoint)
-    assert torch.equal(plain.visual.proj, task.encoder.model.visual.proj)
-    assert torch.equal(plain.token_embedding.weight, task.encoder.model.token_embedding.weight)
+    assert torch.equal(plain.visual.proj, task.encoder.plain.model.visual.proj)
+    assert torch.equal(plain.token_embedding.weight, task.encoder.plain.model.token_embedding.weight)
     assert status(["export", str(checkpoint), "--out", str(tmp_path / "clip")]) == 2
 
 

@@ -193,8 +193,8 @@ def test_a_limited_run_makes_no_store(tmp_path: Path) -> None:
 
 def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
     class Large(EmbeddingTask):
-        def encode_pixels(self, image, modality):
-            return super().encode_pixels(image, modality) + 70_000.0
+        def encode_pixels(self, image, modality, chunk_size=None):
+            return super().encode_pixels(image, modality, chunk_size) + 70_000.0
 
     trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[FeatureWriter(str(tmp_path / "a"))])
     with pytest.raises(DataError, match=r"'noto/.*not finite in float16; the largest is 7e\+04.*dtype: float32"):

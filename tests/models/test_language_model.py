@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gmail_lightning.models import ClipCap, Llava
-from gmail_lightning.models.captioners.language_model import build_language_model, max_positions
+from gmail_lightning.models.captioners.language_model import build_language_model, causal_mask, max_positions
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 LLAMA = {
@@ -96,3 +97,25 @@ def test_positions() -> None:
     assert max_positions(build_language_model(GPT2, "emoji")[0]) == 64
     bloom = {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2}  # knows no limit
     assert max_positions(build_language_model(bloom, "emoji")[0]) is None
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_the_causal_mask_is_what_transformers_makes_of_the_padding(kind: str) -> None:
+    config = {
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 50, "embd_pdrop": 0.0},
+        "llama": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "vocab_size": 50,
+        },
+    }  # fmt: skip
+    torch.manual_seed(0)
+    settings = AutoConfig.for_model(kind, **config.get(kind, {**config["llama"], "num_key_value_heads": 2}))
+    model = AutoModelForCausalLM.from_config(settings).eval()
+    embeddings = torch.randn(3, 7, 32)
+    seen = torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
+    mask = causal_mask(model, seen)
+    assert mask.shape == (3, 1, 7, 7)
+    expected = model(inputs_embeds=embeddings, attention_mask=seen.long()).logits
+    assert torch.equal(model(inputs_embeds=embeddings, attention_mask=mask).logits[seen], expected[seen])
+    model.config._attn_implementation = "eager"
+    assert torch.equal(causal_mask(model, seen), seen.long())

@@ -12,6 +12,7 @@ from torch import Tensor
 from gmail_lightning.models import HFCLIPEncoder, HFImageEncoder, Llava, PatchTokens
 from gmail_lightning.models.captioners.chat import chat_format
 from gmail_lightning.models.captioners.language_model import load_tokenizer
+from gmail_lightning.models.restoring import restoring
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -329,7 +330,11 @@ def test_prompt_and_answer_stay_within_the_positions_of_the_language_model() -> 
 
 
 def test_what_a_checkpoint_replaces_and_what_no_tensor_shows(folder: Path) -> None:
-    assert llava().initial_files == ("projector",)
+    gone = {"projector": str(folder / "gone.bin")}
+    with pytest.raises(ValueError, match="no checkpoint there"):
+        llava(**gone)
+    with restoring({}):
+        llava(**gone)  # the checkpoint brings it
     assert llava(reader=PatchTokens(-1), lora_alpha=3.0).describe() == {
         "reader": "PatchTokens(layer=-1)",
         "tune": "full",

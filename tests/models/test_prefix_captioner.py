@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmail_lightning.models import ClipCap
+from gmail_lightning.models.restoring import restoring
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 LLAMA = {
@@ -237,8 +238,10 @@ def test_what_a_checkpoint_replaces_and_what_no_tensor_shows(tmp_path: Path) -> 
     assert tiny().describe() == {"normalize_prefix": False, "stop": None}
     assert tiny(normalize_prefix=True, stop=".").describe() == {"normalize_prefix": True, "stop": "."}
     path = str(public_file(tiny(), tmp_path / "weights.pt"))
-    assert tiny(pretrained=path).initial_files == ("pretrained",)
-    assert tiny(pretrained=path, tune_language_model=False).initial_files == ()  # a checkpoint lacks the language model
+    with restoring({}):
+        tiny(pretrained=f"{path}.gone")  # the checkpoint brings all of it
+        with pytest.raises(FileNotFoundError):  # it lacks the language model
+            tiny(pretrained=f"{path}.gone", tune_language_model=False)
 
 
 def test_normalised_prefixes_ignore_the_length_of_a_feature() -> None:

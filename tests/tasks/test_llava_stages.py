@@ -8,6 +8,7 @@ import torch
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
 from gmail_lightning.models import Captioner, ClipCap, Llava, ModalityEncoder
+from gmail_lightning.models.restoring import restoring
 from gmail_lightning.tasks import CaptioningTask
 
 LLAMA = {
@@ -92,11 +93,11 @@ def test_a_checkpoint_of_the_second_stage_needs_no_file_of_the_first(language: P
     given = {"language_model": str(language), "image_dim": 32, "projector": str(tmp_path / "mm_projector.bin")}
     first = CaptioningTask(tiny_encoder(), Llava(**given))
     assert torch.equal(first.captioner.projector.linear_1.weight, weights["mm_projector.0.weight"])
-    recorded = {"captioner": {"class_path": "Llava", "init_args": given}}  # as the command line records it
-    checkpoint = {"state_dict": first.state_dict(), "hyper_parameters": recorded}
+    checkpoint = {"state_dict": first.state_dict(), "hyper_parameters": {}}
     first.on_save_checkpoint(checkpoint)
     (tmp_path / "mm_projector.bin").unlink()
-    again = CaptioningTask(tiny_encoder(), Llava(**checkpoint["hyper_parameters"]["captioner"]["init_args"]))
+    with restoring(checkpoint):  # as ``load_from_checkpoint`` and the command line do
+        again = CaptioningTask(tiny_encoder(), Llava(**given))
     again.on_load_checkpoint(checkpoint)
     again.load_state_dict(checkpoint["state_dict"], strict=False)
     for name, value in first.captioner.state_dict().items():

@@ -23,7 +23,9 @@ CAPTIONS = ["a red fox", "a cat. it sleeps by the river", "a dog. it runs. far",
 
 def task(**kwargs) -> LongRetrievalTask:
     torch.manual_seed(0)
-    return LongRetrievalTask(OpenCLIPEncoder(config=TINY, merges="emoji"), **kwargs)
+    encoder = OpenCLIPEncoder(config=TINY, merges="emoji")
+    side = kwargs.pop("text_side", None)
+    return LongRetrievalTask(encoder if side is None else ModalityEncoder(encoder, text_side=side), **kwargs)
 
 
 def batch(made: LongRetrievalTask) -> dict[str, torch.Tensor]:

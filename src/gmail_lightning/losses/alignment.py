@@ -35,7 +35,7 @@ def alignment_loss(
         Scalar, the mean over all pairs.
 
     Raises:
-        ValueError: If the temperature is not positive, and as `clip_loss`. A tensor on a device is not waited for: where
+        ValueError: If the temperature is not positive, and as `clip_loss`. One on a device is not waited for: where
             it is not positive, the loss is NaN.
 
     Example:

@@ -185,7 +185,7 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def _common_shift(scale: float | Tensor, may_look: bool) -> float | None:
-    """One shift for all powers; None where each direction must take its own, since nobody could look whether it fits."""
+    """One shift for all powers; None where each direction takes its own, since nobody could look whether it fits."""
     if isinstance(scale, Tensor) or not (may_look or _never_underflows(scale)):
         return None
     return max(0.0, abs(scale) - MAX_EXPONENT)

@@ -6,6 +6,7 @@ import inspect
 from importlib import resources
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.weights import plain_files
@@ -91,6 +92,25 @@ def writing_model(model: Any) -> Any:
         )
     model.generation_config = GenerationConfig()
     return model.eval()
+
+
+def causal_mask(model: Any, seen: Tensor) -> Tensor:
+    """What a language model may attend to in training, in the form that its attention takes.
+
+    transformers makes the same of ``seen`` but looks at its values first, to leave the mask out where nothing is
+    padded, and waits for the device to do so. Only the attention of torch (``sdpa``) takes the finished mask.
+
+    Args:
+        model: Of transformers.
+        seen: Whether there is a token, shape (B, L).
+
+    Returns:
+        Shape (B, 1, L, L) bool, or (B, L) int64.
+    """
+    if model.config._attn_implementation != "sdpa":
+        return seen.long()
+    earlier = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool, device=seen.device).tril()
+    return seen[:, None, None, :] & earlier
 
 
 def max_positions(model: Any) -> int | None:

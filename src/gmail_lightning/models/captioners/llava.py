@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from gmail_lightning.losses.captioning import IGNORED, caption_loss, counted_tokens
 from gmail_lightning.models.base import Captioner, ImageReader
 from gmail_lightning.models.captioners.chat import ImageChat
-from gmail_lightning.models.captioners.language_model import max_positions, written
+from gmail_lightning.models.captioners.language_model import causal_mask, max_positions, written
 from gmail_lightning.models.captioners.loading import llava_from_parts, load_llava, load_projector
 from gmail_lightning.models.captioners.placeholder import expand, put_image
 from gmail_lightning.models.captioners.texts import ChatTexts
@@ -190,7 +190,7 @@ class Llava(Captioner):
         first = min(ids["caption_start"]) + num_patches - 1  # no logits are needed before the captions
         output = self.language_model(
             inputs_embeds=self._embed(inputs.ids, ids["caption_image_column"], image_features),
-            attention_mask=inputs.mask.long().to(image_features.device),
+            attention_mask=causal_mask(self.language_model, inputs.mask.to(image_features.device, non_blocking=True)),
             logits_to_keep=inputs.labels.shape[1] - first + 1,
             use_cache=False,
         )

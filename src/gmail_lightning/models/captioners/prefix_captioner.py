@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gmail_lightning.losses.captioning import caption_loss, counted_tokens
 from gmail_lightning.models.base import Captioner
-from gmail_lightning.models.captioners.language_model import build_language_model, max_positions, written
+from gmail_lightning.models.captioners.language_model import build_language_model, causal_mask, max_positions, written
 from gmail_lightning.models.captioners.texts import PlainTexts
 from gmail_lightning.models.encoders.readers import PooledFeatures
 from gmail_lightning.models.restoring import restored
@@ -227,7 +227,8 @@ class ClipCap(Captioner):
         inputs = torch.cat([self.prefix(image_features), words], dim=1)
         seen = F.pad(labels >= 0, (self.prefix_length, 0), value=True)
         keep = labels.shape[1] + 1
-        output = self.gpt(inputs_embeds=inputs, attention_mask=seen.long(), logits_to_keep=keep, use_cache=False)
+        mask = causal_mask(self.gpt, seen)
+        output = self.gpt(inputs_embeds=inputs, attention_mask=mask, logits_to_keep=keep, use_cache=False)
         self.tokens = counted_tokens(labels, weight)
         return caption_loss(
             output.logits[:, -keep:-1], labels, weight=weight, label_smoothing=label_smoothing, tokens=self.tokens
