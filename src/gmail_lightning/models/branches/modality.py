@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import ImageEncoder
@@ -106,7 +107,9 @@ class ModalityEncoder(WrappedEncoder):
             encoder.requires_grad_(False)
         self.encoder = encoder if train_tower else encoder.eval()
         if branch is not None:
-            branch.attach(encoder)
+            # Tensors that a checkpoint brings draw nothing: what is built next is as it would be without them.
+            with nullcontext() if aligned is None else torch.random.fork_rng(devices=[]):
+                branch.attach(encoder)
         self.branch = branch
         self.real_path: RealPath = real_path or "frozen"
         self.text_side, self.text_rank, self.text_targets = text_side, text_rank, list(text_targets)
