@@ -31,7 +31,7 @@ from torch import Tensor
 from gmail_lightning.callbacks import DatasetWriter
 from gmail_lightning.datamodules import PromptDataModule
 from gmail_lightning.datasets import ImageTextDataset
-from gmail_lightning.models.base import GeneratedImages, ImageGenerator
+from gmail_lightning.models.generative import GeneratedImages, ImageGenerator
 from gmail_lightning.tasks import ImageGenerationTask
 
 IMAGES, MANY, BATCH, SECONDS = 512, 10_000, 8, 0.05

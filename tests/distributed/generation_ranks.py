@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from gmail_lightning.callbacks.dataset_writer import DatasetWriter
 from gmail_lightning.datamodules.prompts import PromptDataModule
 from gmail_lightning.datasets import ImageTextDataset
-from gmail_lightning.models.base import GeneratedImages, ImageGenerator
+from gmail_lightning.models.generative import GeneratedImages, ImageGenerator
 from gmail_lightning.tasks.image_generation import ImageGenerationTask
 
 IMAGES = 44  # in shards of 8: five whole ones and half a one

@@ -1,14 +1,6 @@
 """Encoders, and the adaptation that gives one tower two branches; heavy packages load in the constructors."""
 
-from gmail_lightning.models.base import (
-    Captioner,
-    DualEncoder,
-    GeneratedImages,
-    ImageEncoder,
-    ImageGenerator,
-    ImageReader,
-    LoRATarget,
-)
+from gmail_lightning.models.base import DualEncoder, ImageEncoder, ImageReader, LoRATarget
 from gmail_lightning.models.branches.adapters import FullCopy, LoRA
 from gmail_lightning.models.branches.branch import Branch
 from gmail_lightning.models.branches.lora import add_lora, merge_lora
@@ -20,6 +12,7 @@ from gmail_lightning.models.encoders.hf_tower import HFImageEncoder
 from gmail_lightning.models.encoders.long_text import stretch_context, stretch_positional_embedding
 from gmail_lightning.models.encoders.open_clip import OpenCLIPEncoder
 from gmail_lightning.models.encoders.readers import PatchTokens, PooledFeatures
+from gmail_lightning.models.generative import Captioner, GeneratedImages, ImageGenerator
 from gmail_lightning.models.generators.diffusion import DiffusersGenerator
 
 __all__ = [

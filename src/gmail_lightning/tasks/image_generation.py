@@ -12,8 +12,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from gmail_lightning.metrics.clip_score import clip_score
-from gmail_lightning.models.base import DualEncoder, GeneratedImages, ImageGenerator
+from gmail_lightning.models.base import DualEncoder
 from gmail_lightning.models.branches.fingerprint import fingerprint
+from gmail_lightning.models.generative import GeneratedImages, ImageGenerator
 from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.transforms.image import resize
 from gmail_lightning.types import InputSpec, PromptBatch

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gmail_lightning.models.base import Captioner, ImageGenerator
+from gmail_lightning.models.generative import Captioner, ImageGenerator
 from gmail_lightning.testing.faults import CAPTIONS, outcome, plain_faults, reload_faults, report, require
 from gmail_lightning.types import CaptionSpec
 

@@ -11,20 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import ImageEncoder
-from gmail_lightning.models.branches.adapters import Projection, adapter_ids
+from gmail_lightning.models.branches.adapters import Projection, adapter_ids, adapter_keys
 from gmail_lightning.models.branches.branch import Branch
 from gmail_lightning.models.branches.lora import add_lora
 from gmail_lightning.models.branches.record import (
     BranchRecord,
     build_branch,
-    build_encoder,
     find_alignment,
+    load_router,
     public_path,
-    read_branches,
     restored_branches,
 )
 from gmail_lightning.models.branches.routing import ModalityIndex, Read, Side, route, through
-from gmail_lightning.models.branches.state import rename_state
 from gmail_lightning.models.branches.wrapper import WrappedEncoder
 from gmail_lightning.types import Modality
 
@@ -86,7 +84,7 @@ class ModalityEncoder(WrappedEncoder):
             raise ValueError("train_tower trains the encoder itself, and nothing is routed: leave the rest out.")
         if aligned is not None and (branch, real_path, projection) != (None, None, None):
             raise ValueError("aligned brings its own branch, real_path and projection: leave these out.")
-        super().__init__(encoder.mean, encoder.std)
+        super().__init__(encoder)
         #: Which alignment the adapters are from: ``path``, ``step`` and ``digest`` of its checkpoint; None for none.
         self.alignment: dict[str, Any] | None = None
         #: Checkpoint whose trained text side was left behind when its branches were taken; None for none.
@@ -99,13 +97,10 @@ class ModalityEncoder(WrappedEncoder):
         if aligned is not None and taken is not None:
             branch = build_branch(taken["branch"], aligned)
             real_path, projection = taken["real_path"], taken["projection"]
-        self.train_tower, self.train_adapters = (
-            train_tower,
-            aligned is None if train_adapters is None else train_adapters,
-        )
+        self.train_tower = train_tower
+        self.train_adapters = aligned is None if train_adapters is None else train_adapters
         if not train_tower:
-            encoder.requires_grad_(False)
-        self.encoder = encoder if train_tower else encoder.eval()
+            encoder.requires_grad_(False).eval()
         if branch is not None:
             # Tensors that a checkpoint brings draw nothing: what is built next is as it would be without them.
             with nullcontext() if aligned is None else torch.random.fork_rng(devices=[]):
@@ -113,7 +108,6 @@ class ModalityEncoder(WrappedEncoder):
         self.branch = branch
         self.real_path: RealPath = real_path or "frozen"
         self.text_side, self.text_rank, self.text_targets = text_side, text_rank, list(text_targets)
-        self.pretrained, self.activation = encoder.pretrained, encoder.activation
         two_sided = self.real_path != "frozen"
         self.generated_projection = Projection(encoder.embed_dim) if projection or two_sided else None
         self.real_projection = Projection(encoder.embed_dim) if two_sided else None
@@ -122,7 +116,6 @@ class ModalityEncoder(WrappedEncoder):
         for name, parameter in self.image_adapters():
             is_taken = aligned is not None and name.startswith("real_projection.")
             parameter.requires_grad_(parameter.requires_grad and self.train_adapters and not is_taken)
-        rename_state(self, _plain_name, _stored_name)
         if found is not None:
             self._take(found)
 
@@ -141,10 +134,8 @@ class ModalityEncoder(WrappedEncoder):
     def _take(self, found: BranchRecord) -> None:
         """Loads the adapters of an alignment."""
         state = self.state_dict(keep_vars=True)
-        own = adapter_ids(self) & {
-            id(t) for module in self._routing() for t in (*module.parameters(), *module.buffers())
-        }
-        names = [name for name, tensor in state.items() if id(tensor) in own]
+        routing = {id(t) for module in self._routing() for t in (*module.parameters(), *module.buffers())}
+        names = [name for name in adapter_keys(self) if id(state[name]) in routing]
         absent = sorted(set(names) - found.state.keys())
         if absent:
             raise ValueError(f"{found.path}: lacks the adapters {absent[:4]}.")
@@ -298,37 +289,9 @@ class ModalityEncoder(WrappedEncoder):
             ValueError: If the checkpoint has no adapters, records no encoder while none is given, or was trained on
                 another base than the encoder's.
         """
-        recorded = read_branches(path)
-        encoder = build_encoder(recorded.encoder, path, cls) if encoder is None else encoder
-        recorded.check(encoder)
-        model = cls.from_record(encoder, recorded.settings)
-        known, kept = model.state_dict(keep_vars=True), adapter_ids(model)
-        needed = {key for key, value in known.items() if id(value) in kept or value.requires_grad}
-        missing, unknown = needed - recorded.state.keys(), recorded.state.keys() - known.keys()
-        if missing or unknown:
-            raise ValueError(f"{path}: lacks {sorted(missing)[:4]} and has unknown {sorted(unknown)[:4]}.")
-        model.load_state_dict(recorded.state, strict=False)
-        return model.eval()
-
-    def _fqn_modifiers(self) -> dict[str, str]:
-        """Tells torch.distributed.checkpoint that ``encoder.`` is left out of the keys."""
-        parts = (self.encoder.named_children(), self.encoder.named_parameters(recurse=False))
-        return {name: "encoder" for part in parts for name, _ in part}
+        return cast(Self, load_router(cls, path, encoder))
 
 
 def _refuse_unknown(argument: str, value: str, kind: Any) -> None:
     if value not in get_args(kind):
         raise ValueError(f"{argument}={value!r}: give one of {', '.join(get_args(kind))}.")
-
-
-_OWN = ("branch.", "generated_projection.", "real_projection.", "text_side_projection.")
-
-
-def _plain_name(router: nn.Module, name: str) -> str:
-    """The wrapped encoder's keys stand beside the projections."""
-    return name.removeprefix("encoder.")
-
-
-def _stored_name(router: nn.Module, name: str) -> str:
-    """The way back."""
-    return name if name.startswith(_OWN) else f"encoder.{name}"

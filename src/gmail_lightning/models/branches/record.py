@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.models.base import ImageEncoder
+from gmail_lightning.models.branches.adapters import adapter_keys
 from gmail_lightning.models.branches.branch import Branch
 from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
 from gmail_lightning.models.branches.first_edition import converted
@@ -126,6 +127,21 @@ def build_encoder(recorded: Any, path: str | Path, router: type[ImageEncoder]) -
     found = _import_class(recorded, path, "encoder", ImageEncoder)
     settings = recorded.get("init_args", {})
     return build_encoder(settings.get("encoder"), path, router) if issubclass(found, router) else found(**settings)
+
+
+def load_router(router: type[Any], path: str | Path, encoder: ImageEncoder | None) -> Any:
+    """Loads a router out of the checkpoint of a task, in eval mode; see ``ModalityEncoder.from_checkpoint``."""
+    recorded = read_branches(path)
+    encoder = build_encoder(recorded.encoder, path, router) if encoder is None else encoder
+    recorded.check(encoder)
+    model = router.from_record(encoder, recorded.settings)
+    known = model.state_dict(keep_vars=True)
+    needed = adapter_keys(model) | {key for key, value in known.items() if value.requires_grad}
+    missing, unknown = needed - recorded.state.keys(), recorded.state.keys() - known.keys()
+    if missing or unknown:
+        raise ValueError(f"{path}: lacks {sorted(missing)[:4]} and has unknown {sorted(unknown)[:4]}.")
+    model.load_state_dict(recorded.state, strict=False)
+    return model.eval()
 
 
 def build_branch(recorded: dict[str, Any] | None, path: str | Path) -> Branch | None:

@@ -8,13 +8,26 @@ from typing import cast
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import DualEncoder, ImageEncoder, LoRATarget, Tower
+from gmail_lightning.models.branches.state import rename_state
 from gmail_lightning.types import ImageSpec, TextSpec
 
 
 class WrappedEncoder(DualEncoder):
-    """Hands everything on to ``encoder``; of one without text tower what concerns texts is a ``TypeError``."""
+    """Hands everything on to ``encoder``; of one without text tower what concerns texts is a ``TypeError``.
 
-    encoder: ImageEncoder
+    In a state dict the keys of the encoder stand beside those of the other parts, without ``encoder.``.
+    """
+
+    def __init__(self, encoder: ImageEncoder) -> None:
+        super().__init__(encoder.mean, encoder.std)
+        self.encoder = encoder
+        self.pretrained, self.activation = encoder.pretrained, encoder.activation
+        rename_state(self, _plain_name, _stored_name)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Tells torch.distributed.checkpoint that ``encoder.`` is left out of the keys."""
+        parts = (self.encoder.named_children(), self.encoder.named_parameters(recurse=False))
+        return {name: "encoder" for part in parts for name, _ in part}
 
     @property
     def image_spec(self) -> ImageSpec:
@@ -71,3 +84,12 @@ class WrappedEncoder(DualEncoder):
     def logit_bias(self) -> Tensor | None:
         """As the plain encoder's."""
         return cast(DualEncoder, self.encoder).logit_bias
+
+
+def _plain_name(wrapper: nn.Module, name: str) -> str:
+    return name.removeprefix("encoder.")
+
+
+def _stored_name(wrapper: nn.Module, name: str) -> str:
+    beside = {part for part, _ in wrapper.named_children()} - {"encoder"}
+    return name if name.partition(".")[0] in beside else f"encoder.{name}"

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gmail_lightning.losses.captioning import IGNORED, caption_loss, counted_tokens
-from gmail_lightning.models.base import Captioner, ImageReader
+from gmail_lightning.models.base import ImageReader
 from gmail_lightning.models.captioners.chat import ImageChat
 from gmail_lightning.models.captioners.language_model import causal_mask, max_positions, written
 from gmail_lightning.models.captioners.loading import llava_from_parts, load_llava, load_projector
 from gmail_lightning.models.captioners.placeholder import expand, put_image
 from gmail_lightning.models.captioners.texts import ChatTexts
 from gmail_lightning.models.encoders.readers import PatchTokens
+from gmail_lightning.models.generative import Captioner
 from gmail_lightning.models.restoring import restored
 from gmail_lightning.types import CaptionIds, PromptIds
 

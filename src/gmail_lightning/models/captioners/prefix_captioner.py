@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmail_lightning.losses.captioning import caption_loss, counted_tokens
-from gmail_lightning.models.base import Captioner
 from gmail_lightning.models.captioners.language_model import build_language_model, causal_mask, max_positions, written
 from gmail_lightning.models.captioners.texts import PlainTexts
 from gmail_lightning.models.encoders.readers import PooledFeatures
+from gmail_lightning.models.generative import Captioner
 from gmail_lightning.models.restoring import restored
 from gmail_lightning.models.weights import plain_names
 from gmail_lightning.types import CaptionIds, PromptIds

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from gmail_lightning.models.base import GeneratedImages, ImageGenerator
+from gmail_lightning.models.generative import GeneratedImages, ImageGenerator
 from gmail_lightning.models.generators.diffusers_loading import (
     build_scheduler,
     find_pipeline,
