@@ -15,10 +15,19 @@ from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
 from gmail_lightning.export import export_checkpoint
-from gmail_lightning.models import Branch, FullCopy, ImageEncoder, LoRA, ModalityEncoder, OpenCLIPEncoder
+from gmail_lightning.models import (
+    Branch,
+    FullCopy,
+    ImageEncoder,
+    ImageTokenizer,
+    LoRA,
+    ModalityEncoder,
+    OpenCLIPEncoder,
+    TokenCodes,
+)
 from gmail_lightning.models.branches.routing import ModalityIndex
 from gmail_lightning.models.chunks import in_chunks
-from gmail_lightning.tasks import AlignmentTask, LinearProbeTask, RetrievalTask
+from gmail_lightning.tasks import AlignmentTask, EmbeddingTask, LinearProbeTask, RetrievalTask
 
 MODALITY = torch.tensor([0, 1, 1, 0, 1])
 
@@ -252,3 +261,39 @@ def test_a_subclass_with_a_module_saves_and_loads(tmp_path: Path) -> None:
     assert again.weight == 0.25
     assert torch.equal(again.head.weight, task.head.weight)
     assert again.state_dict().keys() == task.state_dict().keys()
+
+
+class Corners(ImageTokenizer):
+    """Each quarter of an image is one of four codes, by its brightness."""
+
+    width = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Embedding(4, 3)
+
+    def encode(self, image: Tensor) -> Tensor:
+        return (nn.functional.adaptive_avg_pool2d(image.mean(dim=1), 2).flatten(1) * 4).long().clamp(max=3)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return self.codes(token_ids)
+
+    def decode(self, token_ids: Tensor) -> Tensor:
+        return (token_ids.view(-1, 1, 2, 2) / 4).expand(-1, 3, -1, -1)
+
+
+def test_rows_of_three_kinds_stand_in_one_batch(image: Tensor) -> None:
+    """Pixels and token ids are read as codes, and cached ones were written as such."""
+    task = EmbeddingTask(tiny_encoder(), TokenCodes(Corners()))
+    assert not any(p.requires_grad for p in task.parameters())
+    codes = task.reader.tokenizer.encode(image)
+    expected = task.reader.tokenizer.embed(codes)
+    batch = {
+        "image": image[[0, 3]], "image_row": torch.tensor([0, 3]), "modality": MODALITY,
+        "image_features": expected[[1]].half(), "feature_row": torch.tensor([1]),
+        "image_token_ids": codes[[2, 4]], "token_row": torch.tensor([2, 4]),
+    }  # fmt: skip
+    torch.testing.assert_close(task.encode_images(batch), expected, atol=1e-3, rtol=1e-3)
+    assert task.reader.width(task.encoder) == 3
+    with pytest.raises(TypeError, match="PooledFeatures reads pixels, and the batch holds token ids"):
+        EmbeddingTask(tiny_encoder()).encode_images(batch)

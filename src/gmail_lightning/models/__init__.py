@@ -11,8 +11,8 @@ from gmail_lightning.models.encoders.hf_clip import HFCLIPEncoder
 from gmail_lightning.models.encoders.hf_tower import HFImageEncoder
 from gmail_lightning.models.encoders.long_text import stretch_context, stretch_positional_embedding
 from gmail_lightning.models.encoders.open_clip import OpenCLIPEncoder
-from gmail_lightning.models.encoders.readers import PatchTokens, PooledFeatures
-from gmail_lightning.models.generative import Captioner, GeneratedImages, ImageGenerator
+from gmail_lightning.models.encoders.readers import PatchTokens, PooledFeatures, TokenCodes
+from gmail_lightning.models.generative import Captioner, GeneratedImages, ImageGenerator, ImageTokenizer
 from gmail_lightning.models.generators.diffusion import DiffusersGenerator
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "ImageEncoder",
     "ImageGenerator",
     "ImageReader",
+    "ImageTokenizer",
     "Llava",
     "LoRA",
     "LoRATarget",
@@ -35,6 +36,7 @@ __all__ = [
     "OpenCLIPEncoder",
     "PatchTokens",
     "PooledFeatures",
+    "TokenCodes",
     "add_lora",
     "merge_lora",
     "stretch_context",

@@ -212,6 +212,17 @@ class ImageReader(ABC):
     def read(self, tower: ImageTower, image: Tensor) -> Tensor:
         """Maps pixels in [0, 1], shape (B, 3, H, W), to what is read, shape (B, D) or (B, T, W)."""
 
+    def read_ids(self, token_ids: Tensor) -> Tensor:
+        """Maps token ids of images (B, T), made without pixels, to what ``read`` would give.
+
+        Raises:
+            TypeError: Of a reader that looks at pixels.
+        """
+        raise TypeError(
+            f"{type(self).__name__} reads pixels, and the batch holds token ids of images: give a reader of them, such "
+            "as TokenCodes, or data sets with pixels."
+        )
+
     def width(self, encoder: ImageEncoder) -> int | None:
         """Width D or W of what is read; None where it shows only once something is."""
         return None

@@ -18,6 +18,30 @@ class GeneratedImages(NamedTuple):
     flagged: list[bool]  # (B,) by the safety checker of the generator; False where there is none
 
 
+class ImageTokenizer(nn.Module, ABC):
+    """A model between pixels and a grid of discrete codes, such as a VQ autoencoder."""
+
+    #: True once the weights are more than a random initialisation.
+    pretrained: bool = False
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Width W of the embedding of a code."""
+
+    @abstractmethod
+    def encode(self, image: Tensor) -> Tensor:
+        """Maps pixels in [0, 1], shape (B, 3, H, W), to token ids (B, T)."""
+
+    @abstractmethod
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Maps token ids (B, T) to their codes, shape (B, T, W)."""
+
+    @abstractmethod
+    def decode(self, token_ids: Tensor) -> Tensor:
+        """Maps token ids (B, T) to pixels in [0, 1], shape (B, 3, H, W)."""
+
+
 class ImageGenerator(nn.Module, ABC):
     """A text-to-image model."""
 

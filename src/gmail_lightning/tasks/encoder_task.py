@@ -105,23 +105,28 @@ class EncoderTask(BaseTask):
         return {"image_features": features, "modality": batch["modality"], "sample_key": batch["sample_key"]}
 
     def encode_images(self, batch: ImageTextBatch, chunk_size: int | None = None) -> Tensor:
-        """What ``reader`` sees of the images of a batch: cached in their rows, pixels through their branch.
+        """What ``reader`` sees of the images of a batch: pixels through their branch, all else as it is, in its row.
 
         Args:
-            batch: Rows of pixels, of cached features, or of both.
+            batch: Rows of pixels, of cached features, of token ids, or of several.
             chunk_size: See ``in_chunks``; rows that no gradient reaches run once all the same.
 
         Returns:
             Features of shape (B, D) or tokens (B, T, W); in fp32 where some are cached.
         """
-        cached = batch.get("image_features")
-        if cached is not None and "image" not in batch:
-            return cached.float()[batch["feature_row"].argsort()]
-        live = self.encode_pixels(batch["image"], image_index(batch), chunk_size)
-        if cached is None:
-            return live
-        rows = torch.cat([batch["image_row"], batch["feature_row"]])
-        return torch.cat([live.float(), cached.float()])[rows.argsort()]
+        parts, rows = [], []
+        if "image" in batch:
+            parts.append(self.encode_pixels(batch["image"], image_index(batch), chunk_size))
+            if "image_features" not in batch and "image_token_ids" not in batch:
+                return parts[0]
+            rows.append(batch["image_row"])
+        if "image_features" in batch:
+            parts.append(batch["image_features"])
+            rows.append(batch["feature_row"])
+        if "image_token_ids" in batch:
+            parts.append(self.reader.read_ids(batch["image_token_ids"]))
+            rows.append(batch["token_row"])
+        return torch.cat([part.float() for part in parts])[torch.cat(rows).argsort()]
 
     def encode_pixels(self, image: Tensor, modality: Tensor | ModalityIndex, chunk_size: int | None = None) -> Tensor:
         """What ``reader`` sees of pixels (n, 3, H, W), every modality through its branch."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmail_lightning.models.base import ROLES, ImageEncoder, ImageReader, ImageTower
+from gmail_lightning.models.generative import ImageTokenizer
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,34 @@ class PatchTokens(ImageReader):
     def last_block(self, encoder: ImageEncoder) -> int:
         """``layer``, counted from the front."""
         return block_number(encoder, self.layer)
+
+
+class TokenCodes(nn.Module, ImageReader):
+    """Codes of an image tokenizer, of pixels or of token ids that a generator made without any (Synth2).
+
+    The branches take no part: the tokenizer is one of its own.
+
+    Args:
+        tokenizer: It stays as it is.
+    """
+
+    gives_tokens = True
+
+    def __init__(self, tokenizer: ImageTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer.requires_grad_(False).eval()
+
+    def read(self, tower: ImageTower, image: Tensor) -> Tensor:
+        """Codes of shape (B, T, W)."""
+        return self.read_ids(self.tokenizer.encode(image))
+
+    def read_ids(self, token_ids: Tensor) -> Tensor:
+        """Codes of shape (B, T, W)."""
+        return self.tokenizer.embed(token_ids)
+
+    def width(self, encoder: ImageEncoder) -> int:
+        """The tokenizer's."""
+        return self.tokenizer.width
 
 
 def block_number(encoder: ImageEncoder, layer: int, name: str = "layer") -> int:
