@@ -10,9 +10,9 @@ import torch
 from tar_fixtures import picture, store_row, write_store
 from torch import Tensor, nn
 
+from gmail_lightning.command.main import main
 from gmail_lightning.datasets import DataError, TarShards
 from gmail_lightning.generation.repair import repair_store
-from gmail_lightning.main import main
 from gmail_lightning.models import DualEncoder
 from gmail_lightning.types import ImageSpec, TextSpec
 

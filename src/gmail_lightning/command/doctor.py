@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlparse
 
+import gmail_lightning
 from gmail_lightning.cache import cache_folder
 
 PACKAGES = (
@@ -103,10 +104,10 @@ def _disk() -> str:
 
 
 def _embedded() -> str:
-    here = Path(__file__).parent
+    package = Path(gmail_lightning.__file__).parent
     found = {
-        "emoji images": (here / "datasets/emoji/concepts.parquet").exists(),
-        "emoji CLIP": (here / "models/emoji_clip/open_clip_model.safetensors").exists(),
+        "emoji images": (package / "datasets/emoji/concepts.parquet").exists(),
+        "emoji CLIP": (package / "models/emoji_clip/open_clip_model.safetensors").exists(),
     }
     return "embedded: " + ", ".join(f"{name} {'present' if there else 'MISSING'}" for name, there in found.items())
 

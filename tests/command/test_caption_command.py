@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from gmail_lightning.callbacks import CocoResultWriter
+from gmail_lightning.command.main import main
+from gmail_lightning.command.recipes import recipes_folder
 from gmail_lightning.datasets import EmojiDataset
-from gmail_lightning.main import main, recipes_folder
 from gmail_lightning.tasks import CaptioningTask
 from gmail_lightning.transforms import resize
 

@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -28,32 +27,22 @@ from gmail_lightning.callbacks import (
     ResultsWriter,
     SparseProgress,
 )
-from gmail_lightning.datamodules import ImageTextDataModule
+from gmail_lightning.command.configuration import (
+    WRITER_FLAGS,
+    drop_unread_data,
+    recipe_name,
+    set_writer,
+    without_folders,
+)
+from gmail_lightning.command.hints import EPILOG, as_json, hint, import_class
+from gmail_lightning.command.resume import run_of_job, run_to_resume
+from gmail_lightning.command.run_folder import Decision, Run, RunFiles, new_folder, refuse_running
+from gmail_lightning.command.run_record import RECORD, make_record, settings_of
 from gmail_lightning.datasets import DataError
 from gmail_lightning.distributed import decided_once
-from gmail_lightning.generation.assignment import Mode
-from gmail_lightning.hints import EPILOG, as_json, hint, import_class
 from gmail_lightning.models.branches.first_edition import converted
 from gmail_lightning.models.restoring import restoring
-from gmail_lightning.runs import (
-    RECORD,
-    Decision,
-    Run,
-    RunFiles,
-    make_record,
-    new_folder,
-    refuse_running,
-    run_of_job,
-    run_to_resume,
-    settings_of,
-)
 from gmail_lightning.tasks import BaseTask, CaptioningTask
-
-WRITER_FLAGS: dict[str, tuple[Any, str]] = {
-    "worker": (str, "i/n makes one of n shares of the images, as an independent process."),
-    "mode": (Mode, "make what is missing, begin anew, or add another recipe's images."),
-    "dry_run": (bool, "make the images of the first 8 prompts only, beside the folder."),
-}
 
 
 class Parser(LightningArgumentParser):
@@ -125,8 +114,8 @@ class GmailCLI(LightningCLI):
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
-        _set_writer(config)
-        config.name = config.name or _recipe_name(config)
+        set_writer(config)
+        config.name = config.name or recipe_name(config)
         decision = decided_once(lambda: self._decide(config), config.trainer.num_nodes)
         with self._recorded():
             self._fill_in(config, decision)
@@ -136,11 +125,11 @@ class GmailCLI(LightningCLI):
         if seed is not False and seed != config.seed_everything:  # of the run that goes on
             config.seed_everything = pl.seed_everything(seed, workers=True)
         #: What the run folder keeps, so that it can be run anew; None where nothing is kept.
-        self._kept_config = self._dump(_without_folders(config)) if decision.keeps else None
+        self._kept_config = self._dump(without_folders(config)) if decision.keeps else None
         config.ckpt_path = decision.checkpoint
         config.trainer.default_root_dir = str(folder)
         self._dump_config()  # what a checkpoint records, before the data that this verb does not read are left out
-        _drop_unread_data(config, str(self.subcommand))
+        drop_unread_data(config, str(self.subcommand))
         if config.trainer.logger in (None, True):
             config.trainer.logger = [
                 {
@@ -265,13 +254,6 @@ class GmailCLI(LightningCLI):
         )
 
 
-def _without_folders(config: Any) -> Any:
-    """The configuration as it can be run anew: no folder of a run in it, which goes by its name."""
-    kept = deepcopy(config)
-    kept.ckpt_path = kept.trainer.default_root_dir = None
-    return kept
-
-
 def _is_missing_file(checkpoint: str) -> bool:
     """Whether it names a local file that is not there; Lightning knows some words and addresses besides."""
     words = ("best", "hpc", "registry")
@@ -285,43 +267,5 @@ def _read_checkpoint(path: str | None) -> dict[str, Any] | None:
     return converted(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
 
 
-def _drop_unread_data(config: Any, verb: str) -> None:
-    """Empties what holds data sets that another verb reads, so that they are not built; the names of sets stay."""
-    kind, settings = import_class(config.data.class_path), config.data.get("init_args")
-    if kind is None or not issubclass(kind, ImageTextDataModule) or settings is None:
-        return
-    for name in kind.unread(verb, {name for name, value in settings.items() if value is not None}):
-        sets = settings.get(name)
-        if sets:
-            settings[name] = {key: [] for key in sets} if isinstance(sets, dict) else []
-
-
-def _set_writer(config: Any) -> None:
-    """Gives the flags that are of ``DatasetWriter`` to the one of the run.
-
-    Raises:
-        MisconfigurationException: If there is none.
-    """
-    given = {name: config[name] for name in WRITER_FLAGS if config.get(name) is not None}
-    configured = config.trainer.callbacks or []
-    configured = configured if isinstance(configured, list) else [configured]
-    writers = [c for c in configured if issubclass(import_class(c.class_path) or object, DatasetWriter)]
-    if given and not writers:
-        raise MisconfigurationException(
-            f"--{next(iter(given))} is for the callback DatasetWriter, and trainer.callbacks has none."
-        )
-    for writer in writers:
-        for name, value in given.items():
-            writer.init_args[name] = value
-
-
 def _has(callbacks: list[pl.Callback], kind: type) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
-
-
-def _recipe_name(config: Any) -> str:
-    """``emoji/align.yaml`` gives ``emoji-align``; without a recipe, the task's name."""
-    if config.get("config"):
-        path = Path(str(config.config[0]))
-        return f"{path.absolute().parent.name}-{path.stem}"
-    return str(config.model.class_path).rpartition(".")[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,15 +16,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
-from gmail_lightning import runs
 from gmail_lightning.callbacks import last_checkpoint
-from gmail_lightning.main import main, recipes_folder
+from gmail_lightning.command import run_folder
+from gmail_lightning.command.main import main
+from gmail_lightning.command.recipes import recipes_folder
+from gmail_lightning.command.resume import newest_state, run_of_job, run_to_resume
+from gmail_lightning.command.run_folder import Run, RunFiles, new_folder
+from gmail_lightning.command.run_record import make_record, process_start, settings_of
 from gmail_lightning.models import LoRA, ModalityEncoder
-from gmail_lightning.runs import make_record, new_folder, run_of_job, run_to_resume, settings_of
 from gmail_lightning.tasks import AlignmentTask
 
 CONSTANT = {"class_path": "torch.optim.lr_scheduler.ConstantLR", "init_args": {"factor": 1.0}}
@@ -83,7 +88,7 @@ def test_last_takes_the_newest_run_of_the_same_settings_and_seed(
     assert f"--ckpt_path last: {first}/checkpoints/last.ckpt (seed 0, done)" in caplog.text
     assert len(made()) == 3
     assert [state(f)["global_step"] for f in (first, other_seed, other_settings)] == [3, 2, 2]
-    assert record(first) == record(first) | {"state": "done", "host": runs.socket.gethostname(), "verb": "fit"}
+    assert record(first) == record(first) | {"state": "done", "host": socket.gethostname(), "verb": "fit"}
 
     assert fit("--seed_everything=2", "--ckpt_path=last") == 2
     told = capfd.readouterr().err
@@ -242,7 +247,7 @@ def test_a_killed_job_finds_its_folder_and_a_running_one_is_left_alone(tmp_path:
 
 
 def test_two_processes_in_the_same_moment_get_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stopped(runs.datetime):
+    class Stopped(run_folder.datetime):
         calls = 0
 
         @classmethod
@@ -250,7 +255,7 @@ def test_two_processes_in_the_same_moment_get_two_folders(tmp_path: Path, monkey
             cls.calls += 1
             return cls(2026, 1, 2, 3, 4, 5, 6000 + 1000 * (cls.calls > 2))
 
-    monkeypatch.setattr(runs, "datetime", Stopped)
+    monkeypatch.setattr(run_folder, "datetime", Stopped)
     assert [new_folder(tmp_path).name for _ in range(2)] == ["20260102-030405-006", "20260102-030405-007"]
 
 
@@ -279,7 +284,7 @@ WANTED = make_record("r", "fit", {"a": 1, "b": 2}, 0, None)
         ({"verb": "test"}, 0, ""),
         ({"state": "running", "host": "elsewhere", "process": 1}, 0, "is running on elsewhere as process 1"),
         ({"state": "running", "host": "elsewhere", "process": 1}, 3600, None),  # no sign of life for an hour
-        ({"state": "running", "process": os.getppid(), "process_start": runs._process_start(os.getppid())}, 3600,
+        ({"state": "running", "process": os.getppid(), "process_start": process_start(os.getppid())}, 3600,
          "is running on"),
         ({"state": "running", "process": os.getppid(), "process_start": "1"}, 0, None),  # another has the number now
         ({"state": "running", "process": 2**22 + 1}, 0, None),  # there is no such process
@@ -293,7 +298,7 @@ def test_which_run_may_go_on(tmp_path: Path, changes: dict, age: float, reason: 
         assert run_to_resume(tmp_path, WANTED).folder == folder
         assert not (folder / "run.json").exists()  # taken: nobody else takes it until the new record is there
     else:
-        with pytest.raises(runs.MisconfigurationException, match="no checkpoints/last") as caught:
+        with pytest.raises(MisconfigurationException, match="no checkpoints/last") as caught:
             run_to_resume(tmp_path, WANTED)
         assert reason in str(caught.value)
 
@@ -363,9 +368,9 @@ def test_a_trial_takes_nothing_and_a_folder_at_work_is_refused(tmp_path: Path) -
 
 @pytest.mark.parametrize("verb", ["test", "predict", "validate"])
 def test_results_outlive_a_late_failure(verb: str) -> None:
-    run = runs.Run(Path("a"), make_record("a", verb, {}, 0, None), True)
+    run = Run(Path("a"), make_record("a", verb, {}, 0, None), True)
     run.begin()
-    files = runs.RunFiles(run, "")
+    files = RunFiles(run, "")
     trainer = SimpleNamespace(state=SimpleNamespace(fn=verb))
     {"test": files.on_test_batch_end, "predict": files.on_predict_batch_end, "validate": files.on_validation_batch_end}[
         verb
@@ -377,9 +382,9 @@ def test_results_outlive_a_late_failure(verb: str) -> None:
 
 
 def test_validation_within_a_fit_is_no_step() -> None:
-    run = runs.Run(Path("a"), make_record("a", "fit", {}, 0, None), True)
+    run = Run(Path("a"), make_record("a", "fit", {}, 0, None), True)
     run.begin()
-    runs.RunFiles(run, "").on_validation_batch_end(SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING)))
+    RunFiles(run, "").on_validation_batch_end(SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING)))
     run.end("failed")
     assert not Path("a").exists()
 
@@ -446,9 +451,9 @@ def test_a_kill_between_two_folders_of_states_leaves_the_one_before(
     with pytest.raises(KeyboardInterrupt):
         last_checkpoint._rename(part, path, None)
     monkeypatch.undo()
-    assert runs.newest_state(tmp_path) == folder / "last.ckpt.before"
+    assert newest_state(tmp_path) == folder / "last.ckpt.before"
     last_checkpoint._rename(part, path, None)
-    assert runs.newest_state(tmp_path) == path
+    assert newest_state(tmp_path) == path
     part.write_text("whole")  # in place of a folder
     last_checkpoint._rename(part, path, None)
     assert path.read_text() == "whole"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from gmail_lightning.main import main
+from gmail_lightning.command.main import main
 
-sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import generation_ranks
 
 TEXTS = [f"thing {i}" for i in range(10)]

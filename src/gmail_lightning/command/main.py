@@ -28,12 +28,14 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"gmail-lightning {__version__}")
         return 0
     if verb == "doctor":
-        from gmail_lightning.doctor import report
+        from gmail_lightning.command.doctor import report
 
         print(report())
         return 0
     if verb == "recipes":
-        return _recipes(args[1:])
+        from gmail_lightning.command.recipes import recipes
+
+        return recipes(args[1:])
     if verb == "export":
         return _export(args[1:])
     if verb == "repair":
@@ -46,7 +48,7 @@ def _fit_or_evaluate(args: Sequence[str] | None) -> int:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from gmail_lightning.callbacks import CollapseError
-    from gmail_lightning.cli import GmailCLI
+    from gmail_lightning.command.lightning_cli import GmailCLI
     from gmail_lightning.datasets import DataError
 
     try:
@@ -109,39 +111,4 @@ def _repair(args: list[str]) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         return _fail(2, "Not repaired", error)
     print(f"{given.folder}: {pairs} rows, {changed} with another image than their own. Read: TarShards(repaired=True)")
-    return 0
-
-
-def recipes_folder() -> Path:
-    """Folder of the recipes: inside the installed package, or beside ``src`` in a source tree."""
-    here = Path(__file__).parent
-    return here / "recipes" if (here / "recipes").is_dir() else here.parents[1] / "recipes"
-
-
-def _recipes(args: list[str]) -> int:
-    parser = argparse.ArgumentParser("gmail-lightning recipes", description="The recipes that ship with the package.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("list", help="every recipe with its first line")
-    copy = verbs.add_parser("copy", help="copy one recipe to edit it")
-    copy.add_argument("name", help="as listed, for instance emoji/align.yaml")
-    copy.add_argument("target", type=Path, nargs="?", help="file or folder; default: its file name, here")
-    given = parser.parse_args(args)
-    folder = recipes_folder()
-    known = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*.yaml"))}
-    if given.verb == "list":
-        for name, path in known.items():
-            print(f"{name:<34} {path.read_text().splitlines()[0].removeprefix('# ')}")
-        return 0
-    name = given.name if given.name.endswith(".yaml") else f"{given.name}.yaml"
-    if name not in known:
-        print(f"No recipe {given.name!r}. Known: {', '.join(known)}.", file=sys.stderr)
-        return 2
-    target = given.target or Path(Path(name).name)
-    target = target / Path(name).name if target.is_dir() else target
-    if target.exists():
-        print(f"{target} exists; it is not overwritten.", file=sys.stderr)
-        return 2
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(known[name].read_text())
-    print(f"Wrote {target}")
     return 0

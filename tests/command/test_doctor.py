@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gmail_lightning import doctor
+from gmail_lightning.command import doctor
 from gmail_lightning.metrics import java_tools
 
 

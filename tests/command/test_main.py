@@ -9,7 +9,8 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 
-from gmail_lightning.main import main, recipes_folder
+from gmail_lightning.command.main import main
+from gmail_lightning.command.recipes import recipes_folder
 from gmail_lightning.models import ModalityEncoder, OpenCLIPEncoder
 from gmail_lightning.tasks import AlignmentTask, RetrievalTask
 
@@ -289,8 +290,8 @@ def test_the_limit_of_a_process_group_is_what_we_say() -> None:
 def test_what_fails_in_a_worker_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     from torch._utils import ExceptionWrapper
 
+    from gmail_lightning.command.main import _fail
     from gmail_lightning.datasets import DataError, ImageDecodeError
-    from gmail_lightning.main import _fail
 
     for kind in (DataError, ImageDecodeError):
         try:
