@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gmail_lightning.command import doctor
-from gmail_lightning.metrics import java_tools
+from gmail_lightning.metrics.captioning import java_tools
 
 
 def test_java_that_is_missing_or_broken_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def _devices() -> list[str]:
 
 
 def _java() -> str:
-    from gmail_lightning.metrics.java_tools import JavaError, find_java
+    from gmail_lightning.metrics.captioning.java_tools import JavaError, find_java
 
     try:
         java = find_java()
@@ -71,7 +71,7 @@ def _java() -> str:
 
 def _caption_metrics() -> list[str]:
     """Whether the Java tools have their files; they run only where Java does."""
-    from gmail_lightning.metrics import java_tools, meteor
+    from gmail_lightning.metrics.captioning import java_tools, meteor
 
     lines = []
     for name, files in (

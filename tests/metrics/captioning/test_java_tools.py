@@ -12,8 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gmail_lightning.metrics import java_tools
-from gmail_lightning.metrics.java_tools import JavaError, find_java, ptb_tokenize_java, run_java, spice_scores
+from gmail_lightning.metrics.captioning import java_tools
+from gmail_lightning.metrics.captioning.java_tools import (
+    JavaError,
+    find_java,
+    ptb_tokenize_java,
+    run_java,
+    spice_scores,
+)
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java")
 

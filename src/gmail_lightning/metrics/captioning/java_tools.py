@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from gmail_lightning.cache import cache_folder
-from gmail_lightning.metrics.ptb_tokenizer import PUNCTUATION, normalize_whitespace
+from gmail_lightning.metrics.captioning.ptb_tokenizer import PUNCTUATION, normalize_whitespace
 
 PTB_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
 METEOR_JAR = "meteor/meteor-1.5.jar"

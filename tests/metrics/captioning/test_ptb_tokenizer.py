@@ -10,7 +10,7 @@ import pycocoevalcap
 import pytest
 
 from gmail_lightning.datasets import EmojiDataset
-from gmail_lightning.metrics.ptb_tokenizer import PUNCTUATION, normalize_whitespace, ptb_tokenize
+from gmail_lightning.metrics.captioning.ptb_tokenizer import PUNCTUATION, normalize_whitespace, ptb_tokenize
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java")
 

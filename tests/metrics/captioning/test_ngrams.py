@@ -9,9 +9,10 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from gmail_lightning.metrics import ngram_tables
-from gmail_lightning.metrics.ngram_tables import HashIndex, Tokens
-from gmail_lightning.metrics.ngrams import NGRAM_METRICS, ReferenceNgrams, ngram_scores
+from gmail_lightning.metrics.captioning import ngram_tables
+from gmail_lightning.metrics.captioning.ngram_matches import ReferenceNgrams
+from gmail_lightning.metrics.captioning.ngram_tables import HashIndex, Tokens
+from gmail_lightning.metrics.captioning.ngrams import NGRAM_METRICS, ngram_scores
 
 NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "CIDEr", "ROUGE_L"]
 

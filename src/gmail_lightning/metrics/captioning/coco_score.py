@@ -17,10 +17,11 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from gmail_lightning.distributed import on_first_rank
-from gmail_lightning.metrics.java_tools import JavaError, ptb_tokenize_java, spice_scores
-from gmail_lightning.metrics.meteor import meteor_scores
-from gmail_lightning.metrics.ngrams import NGRAM_METRICS, ReferenceNgrams, ngram_scores
-from gmail_lightning.metrics.ptb_tokenizer import ptb_tokenize
+from gmail_lightning.metrics.captioning.java_tools import JavaError, ptb_tokenize_java, spice_scores
+from gmail_lightning.metrics.captioning.meteor import meteor_scores
+from gmail_lightning.metrics.captioning.ngram_matches import ReferenceNgrams
+from gmail_lightning.metrics.captioning.ngrams import NGRAM_METRICS, ngram_scores
+from gmail_lightning.metrics.captioning.ptb_tokenizer import ptb_tokenize
 from gmail_lightning.metrics.states import gather_state
 
 Tokenizer = Literal["auto", "java", "python"]

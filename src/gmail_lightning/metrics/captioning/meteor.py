@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from gmail_lightning.cache import cache_folder
-from gmail_lightning.metrics.java_tools import METEOR_JAR, SHORT_RUN, JavaError, packaged, run_java
+from gmail_lightning.metrics.captioning.java_tools import METEOR_JAR, SHORT_RUN, JavaError, packaged, run_java
 
 PARAPHRASES = "meteor/data/paraphrase-en.gz"
 PLAIN = re.compile("[a-z0-9 ]*")  # what METEOR's normaliser leaves as it is

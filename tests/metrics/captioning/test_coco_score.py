@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from gmail_lightning.metrics import CocoCaptionScore, captioning, java_tools, meteor
-from gmail_lightning.metrics.java_tools import JavaError
-from gmail_lightning.metrics.ptb_tokenizer import ptb_tokenize
+from gmail_lightning.metrics import CocoCaptionScore
+from gmail_lightning.metrics.captioning import coco_score, java_tools, meteor
+from gmail_lightning.metrics.captioning.java_tools import JavaError
+from gmail_lightning.metrics.captioning.ptb_tokenizer import ptb_tokenize
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java")
 CAPTIONS = ["A man's riding a horse.", "two dogs run, in the snow", "A red bus!", "the cat (black) sleeps", "a tree"]
@@ -146,9 +147,9 @@ def test_planted_characters_and_lengths_are_harmless() -> None:
 @needs_java
 def test_java_tokenizer_and_references_that_are_kept(monkeypatch) -> None:
     lines: list[int] = []
-    tokenize = captioning.ptb_tokenize_java
+    tokenize = coco_score.ptb_tokenize_java
     monkeypatch.setattr(
-        captioning,
+        coco_score,
         "ptb_tokenize_java",
         lambda texts, **kwargs: (lines.append(len(texts)), tokenize(texts, **kwargs))[1],
     )
@@ -204,8 +205,8 @@ def test_an_error_in_one_metric_leaves_the_others(monkeypatch, error, reason) ->
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setitem(captioning.JAVA_METRICS, "meteor", fail)
-    monkeypatch.setitem(captioning.JAVA_METRICS, "spice", lambda h, r, deadline: (0.25, np.full(len(h), 0.25)))
+    monkeypatch.setitem(coco_score.JAVA_METRICS, "meteor", fail)
+    monkeypatch.setitem(coco_score.JAVA_METRICS, "spice", lambda h, r, deadline: (0.25, np.full(len(h), 0.25)))
     metric = CocoCaptionScore(("bleu", "spice", "meteor"), tokenizer="python")
     metric.update(CAPTIONS, REFERENCES)
     values = metric.compute()

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from gmail_lightning.datasets import EmojiDataset
-from gmail_lightning.metrics import meteor
-from gmail_lightning.metrics.java_tools import METEOR_JAR, JavaError, packaged, ptb_tokenize_java, run_java
-from gmail_lightning.metrics.meteor import PARAPHRASES, cut_table, load_table, meteor_scores
+from gmail_lightning.metrics.captioning import meteor
+from gmail_lightning.metrics.captioning.java_tools import METEOR_JAR, JavaError, packaged, ptb_tokenize_java, run_java
+from gmail_lightning.metrics.captioning.meteor import PARAPHRASES, cut_table, load_table, meteor_scores
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java")
 WORDS = [
