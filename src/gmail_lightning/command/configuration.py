@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from gmail_lightning.callbacks import DatasetWriter
 from gmail_lightning.command.hints import import_class
 from gmail_lightning.datamodules import ImageTextDataModule
-from gmail_lightning.generation.assignment import Mode
+from gmail_lightning.generation.images.assignment import Mode
 
 WRITER_FLAGS: dict[str, tuple[Any, str]] = {
     "worker": (str, "i/n makes one of n shares of the images, as an independent process."),

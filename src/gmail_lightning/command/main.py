@@ -100,7 +100,7 @@ def _repair(args: list[str]) -> int:
     parser.add_argument("--num_candidates", type=int, default=15, help="images looked at for each caption")
     given = parser.parse_args(args)
     from gmail_lightning.datasets import DataError
-    from gmail_lightning.generation.repair import repair_store
+    from gmail_lightning.generation.images.repair import repair_store
     from gmail_lightning.models import OpenCLIPEncoder
 
     try:

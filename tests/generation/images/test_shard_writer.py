@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gmail_lightning.generation import shard_writer as module
-from gmail_lightning.generation.shard_writer import BackgroundWriter, ImageFormat, store_image, to_bytes
+from gmail_lightning.generation.images import shard_writer as module
+from gmail_lightning.generation.images.shard_writer import BackgroundWriter, ImageFormat, store_image, to_bytes
 
 
 @pytest.mark.parametrize(

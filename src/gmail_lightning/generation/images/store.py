@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from gmail_lightning.datasets.shards import CARD, MANIFEST, PLAN, RECIPE, SCHEMA
 from gmail_lightning.datasets.tars.index import remove_index
-from gmail_lightning.generation.audit import audit_rows
+from gmail_lightning.generation.images.audit import audit_rows
 from gmail_lightning.generation.plan import EMPTY, Plan, run_starts
 from gmail_lightning.generation.whole_files import TEMPORARY, temporary, write_table, write_text
 

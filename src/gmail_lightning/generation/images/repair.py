@@ -15,7 +15,7 @@ from torch import Tensor
 from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.shards import MANIFEST
 from gmail_lightning.datasets.tars.dataset import TarShards
-from gmail_lightning.generation.store import ROW_GROUP
+from gmail_lightning.generation.images.store import ROW_GROUP
 from gmail_lightning.generation.whole_files import write_table
 from gmail_lightning.metrics.repair import TIE, rank_images
 from gmail_lightning.models.base import DualEncoder

@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from gmail_lightning.datasets.base import DataError
 from gmail_lightning.datasets.shards import RECIPE
 from gmail_lightning.generation.errors import FolderError
-from gmail_lightning.generation.image_names import recipe_id
+from gmail_lightning.generation.images.image_names import recipe_id
+from gmail_lightning.generation.images.store import ShardStore
 from gmail_lightning.generation.plan import Plan
-from gmail_lightning.generation.store import ShardStore
 
 Mode = Literal["incremental", "overwrite", "extend"]
 Made = dict[str, dict[str, Any]]

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from gmail_lightning.datasets.base import DataError, ImageTextDataset, one_line
 from gmail_lightning.datasets.shards import SCHEMA
-from gmail_lightning.generation.image_names import image_key, image_keys, image_seed, prompt_id, prompt_number
+from gmail_lightning.generation.images.image_names import image_key, image_keys, image_seed, prompt_id, prompt_number
 from gmail_lightning.types import PromptBatch
 
 

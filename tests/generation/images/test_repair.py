@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gmail_lightning.command.main import main
 from gmail_lightning.datasets import DataError, TarShards
-from gmail_lightning.generation.repair import repair_store
+from gmail_lightning.generation.images.repair import repair_store
 from gmail_lightning.models import DualEncoder
 from gmail_lightning.types import ImageSpec, TextSpec
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gmail_lightning.datasets.base import ImageDecodeError, decode_image
 from gmail_lightning.datasets.shards import SCHEMA
-from gmail_lightning.generation.audit import audit_image
+from gmail_lightning.generation.images.audit import audit_image
 from gmail_lightning.generation.whole_files import temporary, write_table
 
 WEBP_METHOD = 2  # of 0 to 6: at quality 90 two thirds of the time of method 4, for files 3 % larger

@@ -11,10 +11,10 @@ import pytest
 
 from gmail_lightning.datasets.shards import SCHEMA
 from gmail_lightning.datasets.tars.index import tar_index
-from gmail_lightning.generation import store as store_module
+from gmail_lightning.generation.images import store as store_module
+from gmail_lightning.generation.images.shard_writer import ShardFile
+from gmail_lightning.generation.images.store import ShardStore
 from gmail_lightning.generation.plan import EMPTY, Plan
-from gmail_lightning.generation.shard_writer import ShardFile
-from gmail_lightning.generation.store import ShardStore
 from gmail_lightning.generation.whole_files import temporary
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from gmail_lightning.generation.image_names import image_key, image_seed, prompt_id, prompt_number, recipe_id
+from gmail_lightning.generation.images.image_names import image_key, image_seed, prompt_id, prompt_number, recipe_id
 
 
 def test_a_recipe_has_one_id_in_any_order_and_another_for_any_change() -> None:

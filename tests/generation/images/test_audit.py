@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gmail_lightning.datasets import DataError, EmojiDataset
-from gmail_lightning.generation.audit import audit_image, audit_rows
+from gmail_lightning.generation.images.audit import audit_image, audit_rows
 from gmail_lightning.transforms.image_hash import exact_hash, perceptual_hash
 
 Row = dict[str, object]

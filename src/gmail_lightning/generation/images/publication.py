@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gmail_lightning.datasets.shards import CARD, MANIFEST
-from gmail_lightning.generation.audit import NEAR_DISTANCE
-from gmail_lightning.generation.card import dataset_card
-from gmail_lightning.generation.store import ShardStore
+from gmail_lightning.generation.images.audit import NEAR_DISTANCE
+from gmail_lightning.generation.images.card import dataset_card
+from gmail_lightning.generation.images.store import ShardStore
 from gmail_lightning.generation.whole_files import write_text
 
 
