@@ -69,7 +69,8 @@ def test_fit_fills_the_run_folder(run: Path) -> None:
 
 def test_a_checkpoint_of_the_command_line_needs_no_arguments(run: Path) -> None:
     path = run / "checkpoints/last.ckpt"
-    assert torch.load(path, weights_only=True)["hyper_parameters"]["rank"] > 0
+    settings = torch.load(path, weights_only=True)["hyper_parameters"]["encoder"]
+    assert settings["init_args"]["branch"]["init_args"]["rank"] > 0
     task, encoder = AlignmentTask.load_from_checkpoint(path).eval(), ModalityEncoder.from_checkpoint(path)
     image, modality = torch.rand(4, 3, 64, 64), torch.tensor([1, 0, 1, 0])
     with torch.no_grad():
@@ -182,7 +183,9 @@ def with_data(verb: str, absent: list[str], kind: str = "MixedModalityDataModule
             "novel": {"kinds": ["caption", "image_id", "pixels"], "reason": "the same drawings"}
         }
     data = {"class_path": kind, "init_args": {"batch_size": 8, **settings}}
-    model = {"class_path": "AlignmentTask", "init_args": {"encoder": RANDOM, "rank": 2}}
+    branch = {"class_path": "LoRA", "init_args": {"rank": 2}}
+    router = {"class_path": "ModalityEncoder", "init_args": {"encoder": RANDOM, "branch": branch}}
+    model = {"class_path": "AlignmentTask", "init_args": {"encoder": router}}
     trainer = {"accelerator": "cpu", "max_steps": 1, "logger": False, "enable_progress_bar": False}
     trainer |= {f"limit_{stage}_batches": 1 for stage in ("val", "test", "predict")}
     Path("own.yaml").write_text(json.dumps({"trainer": trainer, "model": model, "data": data}))
