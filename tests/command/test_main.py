@@ -226,8 +226,8 @@ def test_pretraining_then_export_loads_in_plain_open_clip(tmp_path: Path) -> Non
     assert status(["export", str(checkpoint), "--out", str(tmp_path / "clip")]) == 0
     plain = open_clip.create_model(f"local-dir:{tmp_path / 'clip'}")
     task = RetrievalTask.load_from_checkpoint(checkpoint)
-    assert torch.equal(plain.visual.proj, task.encoder.model.visual.proj)
-    assert torch.equal(plain.token_embedding.weight, task.encoder.model.token_embedding.weight)
+    assert torch.equal(plain.visual.proj, task.encoder.encoder.model.visual.proj)
+    assert torch.equal(plain.token_embedding.weight, task.encoder.encoder.model.token_embedding.weight)
     assert status(["export", str(checkpoint), "--out", str(tmp_path / "clip")]) == 2
 
 
