@@ -29,9 +29,10 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
-from gmail_lightning.metrics.java_tools import packaged
-from gmail_lightning.metrics.meteor import PARAPHRASES, load_table, meteor_scores
-from gmail_lightning.metrics.ngrams import ReferenceNgrams, ngram_scores
+from gmail_lightning.metrics.captioning.java_tools import packaged
+from gmail_lightning.metrics.captioning.meteor import PARAPHRASES, load_table, meteor_scores
+from gmail_lightning.metrics.captioning.ngram_matches import ReferenceNgrams
+from gmail_lightning.metrics.captioning.ngrams import ngram_scores
 
 IMAGES, REFERENCES, WORDS, PHRASES = 5000, 5, 10, 20_000
 Scores = dict[str, np.ndarray]  # of the corpus first, then of each image

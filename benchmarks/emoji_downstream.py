@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gmail_lightning.main import recipes_folder
+from gmail_lightning.command.recipes import recipes_folder
 
 SEEDS = (0, 1, 2)
 ROWS = {

@@ -5,11 +5,13 @@ import importlib
 import inspect
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import gmail_lightning
+from gmail_lightning.tasks import AlignmentTask, BaseTask
 
 ROOT = Path(gmail_lightning.__file__).parent
 LAYERS = {
@@ -31,19 +33,42 @@ LAYERS = {
     "export": {"types", "models", "tasks"},
     "testing": {"types", "models", "datasets"},
 }
-FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0].removesuffix(".py") in LAYERS]
+LAYERS["command"] = set(LAYERS)
+OUTSIDE = {"__init__", "__main__"}  # the name of the package, and ``python -m``
+
+
+def room(path: Path) -> str:
+    """The folder or file at the top that a file belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if room(path) in LAYERS]
+
+
+def imported_files(path: Path) -> set[Path]:
+    """Files of the package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = [(str(node.module), alias.name) for alias in node.names]
+        else:
+            names = [(alias.name, "__init__") for alias in node.names] if isinstance(node, ast.Import) else []
+        for module, name in names:
+            if module.partition(".")[0] == "gmail_lightning":
+                place = ROOT.joinpath(*module.split(".")[1:])
+                candidates = (place / f"{name}.py", place / name / "__init__.py", place / "__init__.py")
+                found.add(next(file for file in (*candidates, place.with_suffix(".py")) if file.is_file()))
+    return found
+
+
+def test_every_file_is_in_a_layer() -> None:
+    assert {room(path) for path in ROOT.rglob("*.py")} == LAYERS.keys() | OUTSIDE
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path: Path) -> None:
-    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    imported = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gmail_lightning."):
-            imported.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            imported |= {a.name.split(".")[1] for a in node.names if a.name.startswith("gmail_lightning.")}
-    assert imported - {own} <= LAYERS[own]
+    imported = {room(file) for file in imported_files(path)}
+    assert imported - {room(path), "__init__"} <= LAYERS[room(path)]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "generation").rglob("*.py")), ids=lambda p: p.stem)
@@ -57,18 +82,6 @@ def test_making_data_knows_no_lightning(path: Path) -> None:
     assert not [name for name in imported if str(name).partition(".")[0] == "lightning"]
 
 
-def imported_files(path: Path) -> set[Path]:
-    """Files of the package that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "gmail_lightning":
-            module = ROOT.joinpath(*str(node.module).split(".")[1:])
-            for name in (alias.name for alias in node.names):
-                candidates = (module / f"{name}.py", module.with_suffix(".py"), module / "__init__.py")
-                found.add(next(candidate for candidate in candidates if candidate.is_file()))
-    return found
-
-
 def test_no_files_import_each_other() -> None:
     """In no circle, however long."""
     imports = {path: imported_files(path) for path in ROOT.rglob("*.py")}
@@ -78,6 +91,16 @@ def test_no_files_import_each_other() -> None:
             del left[path]
     assert not [str(path.relative_to(ROOT)) for path in left]
     assert sum(map(len, imports.values())) > 300
+
+
+def test_no_file_is_long() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
+    assert {name: lines for name, lines in lengths.items() if lines > 300} == {}
+
+
+def test_no_folder_is_full() -> None:
+    sizes = Counter(str(path.parent.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
+    assert {folder: files for folder, files in sizes.items() if files > 16} == {}
 
 
 def test_import_loads_no_heavy_package() -> None:
@@ -119,3 +142,14 @@ def test_an_override_of_a_hook_calls_that_of_its_base() -> None:
     assert "TextToImageTask.on_fit_start" in overrides
     assert len(overrides) >= 20
     assert not skipping
+
+
+def arguments(cls: type) -> set[str]:
+    return set(inspect.signature(cls.__init__).parameters) - {"self"}
+
+
+def test_constructors_of_tasks_take_few_arguments() -> None:
+    tasks = {cls for cls in classes() if cls.__module__.startswith("gmail_lightning.tasks.")}
+    assert {AlignmentTask, BaseTask} <= tasks
+    assert {cls.__name__: len(arguments(cls)) for cls in tasks if len(arguments(cls)) > 18} == {}
+    assert len(arguments(AlignmentTask) - arguments(BaseTask)) <= 14

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gmail_lightning.main import main, recipes_folder
+from gmail_lightning.command.main import main
+from gmail_lightning.command.recipes import recipes_folder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from gmail_lightning.main import main, recipes_folder
+from gmail_lightning.command.main import main
+from gmail_lightning.command.recipes import recipes_folder
 
 RECIPES = sorted(p for p in recipes_folder().rglob("*.yaml") if p.parent.name not in ("trainer", "rivals"))
 OVERLAYS = sorted((recipes_folder() / "trainer").glob("*.yaml"))

@@ -19,7 +19,7 @@ from PIL import Image
 
 from gmail_lightning.datamodules.prompts import PromptDataModule
 from gmail_lightning.datasets import DataError, TarShards
-from gmail_lightning.generation import shard_writer as shard_writer_module
+from gmail_lightning.generation.images import shard_writer as shard_writer_module
 from gmail_lightning.leakage import AllowedOverlap
 from gmail_lightning.models import GeneratedImages
 from gmail_lightning.types import Modality

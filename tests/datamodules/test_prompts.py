@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from gmail_lightning.datamodules.prompts import PromptDataModule
 from gmail_lightning.datasets import CocoCaptions, DataError, EmojiDataset
-from gmail_lightning.generation.prompt_table import PromptTable
+from gmail_lightning.generation.images.prompt_table import PromptTable
 from gmail_lightning.leakage import overlap
 from gmail_lightning.leakage.check import AllowedOverlap
 from gmail_lightning.transforms.image_hash import perceptual_hash
@@ -80,7 +80,7 @@ def test_no_batch_holds_two_shards() -> None:
 
 def test_keys_of_a_million_prompts_are_arrays() -> None:
     numbers = np.arange(1_000_000, dtype=np.uint64) * np.uint64(2**44 + 1)
-    from gmail_lightning.generation.image_names import image_keys
+    from gmail_lightning.generation.images.image_names import image_keys
 
     keys = image_keys(numbers, 2, RECIPE)
     assert len(keys) == 2_000_000

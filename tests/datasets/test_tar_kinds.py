@@ -29,7 +29,7 @@ from gmail_lightning.datasets import DataError, ManifestDataset, TarShards
 from gmail_lightning.datasets.base import ModalityName
 from gmail_lightning.datasets.tars import index as tar_index
 from gmail_lightning.datasets.tars.members import may_belong
-from gmail_lightning.generation.prompt_table import PromptTable
+from gmail_lightning.generation.images.prompt_table import PromptTable
 
 Members = list[tuple[str, bytes]]
 

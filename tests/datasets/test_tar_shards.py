@@ -25,8 +25,8 @@ from gmail_lightning.datasets import DataError, Filter, ImageDecodeError, TarSha
 from gmail_lightning.datasets.base import decode_image
 from gmail_lightning.datasets.tars import files as tar_files
 from gmail_lightning.datasets.tars import index as tar_index
-from gmail_lightning.generation.shard_writer import ImageFormat, ShardFile, store_image
-from gmail_lightning.generation.store import ShardStore
+from gmail_lightning.generation.images.shard_writer import ImageFormat, ShardFile, store_image
+from gmail_lightning.generation.images.store import ShardStore
 from gmail_lightning.transforms.image_hash import perceptual_hash
 
 

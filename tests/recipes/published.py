@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from gmail_lightning.main import main, recipes_folder
+from gmail_lightning.command.main import main
+from gmail_lightning.command.recipes import recipes_folder
 
 COUNTED = {"Flickr30k", "ShareGPT4V", "Urban1k", "ScienceQA", "ClassificationDataset"}
 HERE = {  # a machine of two cores

@@ -17,7 +17,7 @@ import torch
 import yaml
 from published import arguments, exported, follow, header, newest, options, recipe, rivals, run, subsets
 
-from gmail_lightning.main import recipes_folder
+from gmail_lightning.command.recipes import recipes_folder
 
 pytestmark = pytest.mark.slow
 FEW = {"data.init_args.batch_size": 4}

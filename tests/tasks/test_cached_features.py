@@ -12,9 +12,9 @@ from gmail_lightning.callbacks import FeatureWriter
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset, FeatureStore
 from gmail_lightning.models import LoRA, ModalityEncoder, OpenCLIPEncoder, PatchTokens, PooledFeatures
+from gmail_lightning.models.branches.feature_record import feature_record, refuse_other_features
 from gmail_lightning.tasks import AlignmentTask, EmbeddingTask, RetrievalTask
 from gmail_lightning.tasks.encoder_task import EncoderTask
-from gmail_lightning.tasks.feature_record import feature_record, refuse_other_features
 from gmail_lightning.types import Modality
 
 TINY = {

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from gmail_lightning.callbacks import FeatureWriter
 from gmail_lightning.datamodules import AllowedOverlap, MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset, FeatureStore
-from gmail_lightning.metrics.java_tools import JavaError
+from gmail_lightning.metrics.captioning.java_tools import JavaError
 from gmail_lightning.models import ClipCap, ImageEncoder, Llava, ModalityEncoder, PatchTokens
 from gmail_lightning.models.branches.fingerprint import frozen_weights, weights_difference
 from gmail_lightning.tasks import CaptioningTask, EmbeddingTask, captioning
@@ -114,7 +114,7 @@ def test_scores_of_each_modality_and_what_needs_java_is_left_to_test(tmp_path: P
     assert "METEOR" not in values
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gmail_lightning.metrics.captioning.JAVA_METRICS", {"meteor": no_java(asked)})
+        patch.setattr("gmail_lightning.metrics.captioning.coco_score.JAVA_METRICS", {"meteor": no_java(asked)})
         trainer.validate(made, data, verbose=False)
     values = made.results["novel"].values
     assert math.isnan(values["METEOR"])

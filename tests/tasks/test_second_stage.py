@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_encoders import routed
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
-from gmail_lightning.main import main
+from gmail_lightning.command.main import main
 from gmail_lightning.models import ModalityEncoder, stretch_context, stretch_positional_embedding
 from gmail_lightning.optim import WarmupCosine
 from gmail_lightning.tasks import LinearProbeTask, RetrievalTask, ZeroShotClassificationTask

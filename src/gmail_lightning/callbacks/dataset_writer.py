@@ -18,12 +18,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from gmail_lightning.callbacks.resumption import begin, stop_if_told
 from gmail_lightning.datamodules.prompts import PromptDataModule
 from gmail_lightning.datasets.shards import CARD, MANIFEST
-from gmail_lightning.generation.assignment import Mode, begin_images, how_made, missing_shards, owned_shards
-from gmail_lightning.generation.audit import NEAR_DISTANCE
-from gmail_lightning.generation.image_names import recipe_id
-from gmail_lightning.generation.publication import publish
-from gmail_lightning.generation.shard_writer import BackgroundWriter, ImageFormat
-from gmail_lightning.generation.store import ShardStore
+from gmail_lightning.generation.images.assignment import Mode, begin_images, how_made, missing_shards, owned_shards
+from gmail_lightning.generation.images.audit import NEAR_DISTANCE
+from gmail_lightning.generation.images.image_names import recipe_id
+from gmail_lightning.generation.images.publication import publish
+from gmail_lightning.generation.images.shard_writer import BackgroundWriter, ImageFormat
+from gmail_lightning.generation.images.store import ShardStore
 from gmail_lightning.tasks.image_generation import ImageGenerationTask, ScoredImages
 from gmail_lightning.types import PromptBatch
 

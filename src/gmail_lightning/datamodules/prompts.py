@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from gmail_lightning.datamodules.base import as_list, tell
 from gmail_lightning.datasets.base import DataError, ImageTextDataset
 from gmail_lightning.distributed import on_first_rank
-from gmail_lightning.generation.prompt_table import PromptBatches, PromptTable
+from gmail_lightning.generation.images.prompt_table import PromptBatches, PromptTable
 from gmail_lightning.leakage.check import AllowedOverlap, Kind, check_leakage, refuse_unknown_sets
 from gmail_lightning.leakage.overlap import picture_hashes
 

@@ -1,7 +1,7 @@
 """Metrics: functions first, thin ``torchmetrics`` classes around them."""
 
 from gmail_lightning.metrics.caption_statistics import CaptionStatistics
-from gmail_lightning.metrics.captioning import CocoCaptionScore
+from gmail_lightning.metrics.captioning.coco_score import CocoCaptionScore
 from gmail_lightning.metrics.clip_score import CLIPScore, RefCLIPScore, clip_score, ref_clip_score
 from gmail_lightning.metrics.modality_gap import ModalityGap, linear_probe_accuracy, modality_gap
 from gmail_lightning.metrics.multiple_choice import MultipleChoice, chosen_letter

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from gmail_lightning.metrics import CaptionStatistics, CocoCaptionScore, MultipleChoice
-from gmail_lightning.metrics.captioning import JAVA_METRICS
+from gmail_lightning.metrics.captioning.coco_score import JAVA_METRICS
 from gmail_lightning.models import Captioner, ImageEncoder, ModalityEncoder, PooledFeatures
 from gmail_lightning.models.branches.fingerprint import frozen_weights, weights_difference
 from gmail_lightning.tasks.accumulation import TokenMean

@@ -20,8 +20,8 @@ from gmail_lightning.metrics import ZeroShotAccuracy
 from gmail_lightning.metrics.retrieval import full_precision
 from gmail_lightning.models import DualEncoder, ImageEncoder
 from gmail_lightning.models.chunks import in_chunks
+from gmail_lightning.models.encoders.logit_scale import CAP, capped_scale, check_cap, hold_cap
 from gmail_lightning.tasks.encoder_task import EncoderTask, require_text
-from gmail_lightning.tasks.logit_scale import CAP, capped_scale, check_cap, hold_cap
 from gmail_lightning.tasks.results import EvaluationResult, set_key
 from gmail_lightning.transforms.text import fill, given_templates
 from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality

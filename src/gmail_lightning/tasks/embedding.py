@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from gmail_lightning.models import ImageEncoder, ImageReader, ModalityEncoder
+from gmail_lightning.models.branches.feature_record import feature_record
 from gmail_lightning.tasks.encoder_task import EncoderTask
-from gmail_lightning.tasks.feature_record import feature_record
 from gmail_lightning.types import InputSpec, Modality
 
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from gmail_lightning.models.base import ImageEncoder, ImageReader
 from gmail_lightning.models.branches.adapters import adapter_ids
+from gmail_lightning.models.branches.feature_record import refuse_other_features
 from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
 from gmail_lightning.models.branches.modality import ModalityEncoder
 from gmail_lightning.models.branches.record import IMAGE_SETTINGS, KEY
 from gmail_lightning.models.branches.routing import ModalityIndex
 from gmail_lightning.models.encoders.readers import PooledFeatures
 from gmail_lightning.tasks.base import BaseTask
-from gmail_lightning.tasks.feature_record import refuse_other_features
 from gmail_lightning.types import ImageTextBatch, modality_rows
 
 

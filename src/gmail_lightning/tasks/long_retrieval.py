@@ -14,8 +14,8 @@ from torchmetrics import Metric
 from gmail_lightning.losses import clip_loss, principal_components
 from gmail_lightning.metrics import TruncatedTexts
 from gmail_lightning.models import DualEncoder
+from gmail_lightning.models.encoders.logit_scale import CAP
 from gmail_lightning.models.encoders.long_text import is_cut
-from gmail_lightning.tasks.logit_scale import CAP
 from gmail_lightning.tasks.retrieval import RetrievalTask, update_recall
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality, TextSpec
 

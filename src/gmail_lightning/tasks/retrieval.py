@@ -13,9 +13,9 @@ from gmail_lightning.losses import clip_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall
 from gmail_lightning.models import DualEncoder
 from gmail_lightning.models.chunks import in_chunks
+from gmail_lightning.models.encoders.logit_scale import CAP, capped_scale, check_cap, hold_cap
 from gmail_lightning.tasks.base import paired_rows
 from gmail_lightning.tasks.encoder_task import EncoderTask, require_text
-from gmail_lightning.tasks.logit_scale import CAP, capped_scale, check_cap, hold_cap
 from gmail_lightning.types import ImageTextBatch, InputSpec, Modality
 
 

@@ -1,0 +1,1 @@
+"""The command ``gmail-lightning``: its verbs, run folders, and advice where it is used wrongly."""
