@@ -80,6 +80,7 @@ def test_a_branch_of_ones_own_starts_as_the_plain_tower_and_alone_trains() -> No
 
     encoder = ModalityEncoder(BagOfBytesCLIP(), branch=Bottleneck(8))
     image, generated = torch.rand(2, 3, 64, 64), torch.ones(2, dtype=torch.long)
+    assert "Generated images: the tower with Bottleneck(width=8). Text side" in encoder.describe()
     features = encoder.encode_image(image, generated)
     assert torch.equal(features, encoder.encode_image(image))
     features.square().sum().backward()

@@ -106,8 +106,8 @@ def test_a_checkpoint_holds_trainables_and_the_base_only(tmp_path: Path) -> None
     with pytest.raises(MisconfigurationException, match="another frozen encoder") as caught:
         AlignmentTask.load_from_checkpoint(tmp_path / "a.ckpt", encoder=tiny(seed=1))
     assert len(set(re.findall(r"\b[0-9a-f]{12}\b", str(caught.value)))) == 2
+    encoder = ModalityEncoder(tiny(), branch=LoRA(rank=2, targets=("q",)))
     with pytest.raises(MisconfigurationException, match="unknown"):
-        encoder = ModalityEncoder(tiny(), branch=LoRA(rank=2, targets=("q",)))
         AlignmentTask.load_from_checkpoint(tmp_path / "a.ckpt", encoder=encoder)
 
 
