@@ -1,5 +1,5 @@
 """An encoder of one's own, aligned by the embedded recipe with one override (run it in this folder):
-gmail-lightning fit --config ../recipes/emoji/align.yaml --model.init_args.encoder custom_encoder.BagOfBytesCLIP
+gmail-lightning fit --config ../recipes/emoji/align.yaml --model.encoder.encoder custom_encoder.BagOfBytesCLIP
 """
 
 import torch

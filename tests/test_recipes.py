@@ -42,6 +42,9 @@ def test_a_rival_is_one_override(rival: Path, folder: str, capsys: pytest.Captur
     changed = set(printed("--config", str(rival))) ^ set(printed())
     allowed = (
         "aligned",
+        "branch:",  # a part with its class and settings
+        "class_path: gmail_lightning.models.LoRA",
+        "init_args:",
         "rank",
         "alpha",
         "targets",

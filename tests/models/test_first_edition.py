@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gmail_lightning.main import main
+from gmail_lightning.command.main import main
 from gmail_lightning.models import LoRA, ModalityEncoder, OpenCLIPEncoder, add_lora
 from gmail_lightning.models.branches.first_edition import converted
 from gmail_lightning.tasks import AlignmentTask, RetrievalTask

@@ -72,3 +72,8 @@ class Branch(nn.Module, ABC):
             ValueError: Where there is none.
         """
         raise ValueError(f"A {type(self).__name__} cannot be merged into the plain model: keep the checkpoint.")
+
+    def __repr__(self) -> str:
+        """Class and settings in one line, for ``ModalityEncoder.describe``."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return f"{type(self).__name__}({settings})"
