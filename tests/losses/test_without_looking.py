@@ -9,7 +9,7 @@ from gmail_lightning.losses import alignment_loss, clip_loss, sigmoid_loss
 
 @pytest.fixture(autouse=True)
 def no_looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("alignment", "contrastive", "tiled"):
+    for module in ("alignment", "info_nce", "tiled"):
         monkeypatch.setattr(f"gmail_lightning.losses.{module}.reads_are_free", lambda tensor: False)
 
 
@@ -55,7 +55,7 @@ def test_sigmoid_and_alignment_loss() -> None:
     a, b = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1)).double().unbind()
     ids = torch.tensor([4, 4, 1, 0, 0, 0])
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("alignment", "contrastive", "tiled"):
+        for module in ("alignment", "info_nce", "tiled"):
             patch.setattr(f"gmail_lightning.losses.{module}.reads_are_free", lambda tensor: True)
         looked = sigmoid_loss(a, b, 5.0, -2.0, ids=ids), alignment_loss(a, b, temperature=0.2, ids=ids)
     torch.testing.assert_close(

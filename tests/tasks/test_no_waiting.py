@@ -73,7 +73,7 @@ def test_a_training_step_reads_nothing(
     name: str, mode: str, share: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = CountSyncs()
-    for module in ("alignment", "contrastive", "tiled"):
+    for module in ("alignment", "info_nce", "tiled"):
         monkeypatch.setattr(f"gmail_lightning.losses.{module}.reads_are_free", counted.is_on_host)
     task = {**PAIRED, **MIXED}[name]()
     settings: dict[str, Any] = {"max_steps": 2, "limit_val_batches": 0, "log_every_n_steps": 50}

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.distributed import reads_are_free
-from gmail_lightning.losses.contrastive import info_nce, scalar_like
-from gmail_lightning.losses.tiled import check_pairs
+from gmail_lightning.losses.info_nce import info_nce
+from gmail_lightning.losses.tiled import check_pairs, scalar_like
 
 
 def alignment_loss(

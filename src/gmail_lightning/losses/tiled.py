@@ -51,6 +51,14 @@ def unit_rows(features: Tensor) -> Tensor:
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
 
 
+def scalar_like(value: float | Tensor, features: Tensor) -> Tensor:
+    """A number as a 0-d tensor, at least in the single precision of the features; differentiable.
+
+    A tensor stays where it is, and what Python knows stays with the host, which can then look at it without waiting.
+    """
+    return torch.as_tensor(value, dtype=torch.promote_types(features.dtype, torch.float32)).reshape(())
+
+
 def gather_groups(ids: Tensor | None) -> Tensor | None:
     """Joins the ids of all ranks and numbers them from 0 up, shape (N,) int32.
 
