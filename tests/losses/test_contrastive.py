@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmail_lightning.losses import clip_loss, contrastive, sigmoid_loss, tiled
+from gmail_lightning.losses import clip_loss, sigmoid_loss, tiled
 
 
 def dense_logits(image, text, scale, ids):
@@ -187,7 +187,7 @@ def test_logits_far_below_the_largest_take_the_safe_path(tile, side, dtype, tole
     logits, _ = dense_logits(image, text, 100.0, None)
     assert logits.max() - logits.amax(1 if side == "image" else 0)[1] > 60
     scale = torch.tensor(100.0, dtype=dtype, requires_grad=True)
-    with mock.patch.object(contrastive, "_log_sums", wraps=contrastive._log_sums) as safe:
+    with mock.patch.object(info_nce, "_log_sums", wraps=info_nce._log_sums) as safe:
         actual = gradients(clip_loss, image, text, scale)
     assert safe.called
     assert_equal_gradients(actual, gradients(dense_clip, image, text, scale), tolerance)
