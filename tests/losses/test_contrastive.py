@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmail_lightning.losses import clip_loss, sigmoid_loss, tiled
+from gmail_lightning.losses import clip_loss, info_nce, sigmoid_loss, tiled
 
 
 def dense_logits(image, text, scale, ids):
