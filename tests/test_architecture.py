@@ -65,6 +65,7 @@ def test_every_file_is_in_a_layer() -> None:
     assert {room(path) for path in ROOT.rglob("*.py")} == LAYERS.keys() | OUTSIDE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path: Path) -> None:
     imported = {room(file) for file in imported_files(path)}
@@ -82,6 +83,7 @@ def test_making_data_knows_no_lightning(path: Path) -> None:
     assert not [name for name in imported if str(name).partition(".")[0] == "lightning"]
 
 
+@pytest.mark.slow
 def test_no_files_import_each_other() -> None:
     """In no circle, however long."""
     imports = {path: imported_files(path) for path in ROOT.rglob("*.py")}

@@ -57,6 +57,7 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(loss_ranks.RANKS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", loss_ranks.CASES)
 def test_two_processes_equal_one(ranks, case):
     loss, trained = loss_ranks.CASES[case]
@@ -110,6 +111,7 @@ def test_one_process_needs_no_collective():
     distributed.require_equal_rows(tensor)
 
 
+@pytest.mark.slow
 def test_two_processes_align_and_validate_as_one(tmp_path: Path) -> None:
     """The same global batches, weights, metrics and features; every image once; no collective in an evaluation step."""
     outside = ("PYTEST", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")

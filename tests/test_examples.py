@@ -44,6 +44,7 @@ def test_an_example_is_short(example: str, most: int) -> None:
     assert len((EXAMPLES / example).read_text().splitlines()) <= most
 
 
+@pytest.mark.slow
 def test_an_encoder_of_ones_own_is_aligned_by_one_override(tmp_path: Path) -> None:
     losses = run("custom_encoder.py", tmp_path)
     assert (tmp_path / "modality_gap.png").exists()

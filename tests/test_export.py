@@ -61,6 +61,7 @@ def base(kind: str, merges: Path) -> OpenCLIPEncoder:
     return OpenCLIPEncoder(config=CONFIGS[kind], merges=str(merges))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("kind", ["native", "timm"])
 def test_plain_open_clip_gives_the_generated_branch(merges, tmp_path, kind: str, projection: bool) -> None:
@@ -91,6 +92,7 @@ def test_plain_open_clip_gives_the_generated_branch(merges, tmp_path, kind: str,
     assert (again.mean, again.activation, again.image_spec) == (encoder.mean, encoder.activation, encoder.image_spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["lora", "projection", "full"])
 @pytest.mark.parametrize("rank", [3, 0])
 def test_the_real_branch_with_its_text_side(merges, tmp_path, side: str, rank: int) -> None:
@@ -131,6 +133,7 @@ def test_checkpoint_without_adapters_is_written_as_it_is(merges, tmp_path) -> No
     assert all(torch.equal(state[key], value) for key, value in trained.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused(merges, tmp_path) -> None:
     encoder = base("timm_without_matrix", merges)
     model = ModalityEncoder(encoder, branch=LoRA(), projection=True)

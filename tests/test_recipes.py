@@ -12,6 +12,7 @@ OVERLAYS = sorted((recipes_folder() / "trainer").glob("*.yaml"))
 RIVALS = sorted((recipes_folder() / "rivals").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_recipe_parses_and_says_how_it_runs(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = recipe.read_text().splitlines()
@@ -25,6 +26,7 @@ def test_a_recipe_parses_and_says_how_it_runs(recipe: Path, capsys: pytest.Captu
     assert "class_path: gmail_lightning.tasks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rival", RIVALS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("folder", ["emoji", "gmail"])
 def test_a_rival_is_one_override(rival: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:

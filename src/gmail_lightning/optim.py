@@ -18,7 +18,7 @@ def parameter_groups(
     """Trainable parameters in groups: matrices, and vectors and scalars, which take no weight decay.
 
     Args:
-        named_parameters: As a module names them.
+        named_parameters: As a checkpoint names them.
         learning_rates: Rates of their own for parts of the model, by how the names of their parameters begin:
             ``{"encoder": 1e-5, "encoder.model.visual": 1e-6}``. The longest beginning that fits wins; what none fits
             takes the optimizer's own rate.

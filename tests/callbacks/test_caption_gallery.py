@@ -80,6 +80,7 @@ def validate(folder: Path, task: EchoTask, gallery: CaptionGallery, **settings: 
     return Page(folder / "captions" / "novel-validate.html")
 
 
+@pytest.mark.slow
 def test_every_image_is_shown_with_its_own_texts_at_every_validation(tmp_path: Path) -> None:
     data, gallery = emoji_data(), CaptionGallery(num_images=7)
     trainer = quiet_trainer(tmp_path, callbacks=[gallery], max_steps=4, val_check_interval=2, num_sanity_val_steps=-1)
@@ -142,6 +143,7 @@ def test_an_empty_caption_is_no_blank(tmp_path: Path) -> None:
     assert [(card["b"], card["em"]) for card in page.cards] == [("", "nothing was written")] * 2
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_images_once_and_the_texts_at_every_step(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

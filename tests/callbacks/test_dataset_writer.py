@@ -121,6 +121,7 @@ def test_what_is_complete_is_not_made_again(undisturbed: Path) -> None:
     assert {p.name: p.stat().st_mtime_ns for p in undisturbed.glob("train-*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("launches")
 def test_killed_in_a_shard_then_finished_by_two_ranks(tmp_path: Path, undisturbed: Path) -> None:
     outside = ("PYTEST", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")

@@ -26,6 +26,7 @@ ALIGN = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_fit_predict_and_validate_write_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GMAIL_LIGHTNING_RUN_DIR", raising=False)
@@ -69,6 +70,7 @@ def test_fit_predict_and_validate_write_captions(tmp_path: Path, monkeypatch: py
     assert json.loads(values.read_text())["checkpoint"] == str(checkpoint)
 
 
+@pytest.mark.slow
 def test_an_untrained_captioner_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["predict", "--config", "generate.yaml"]
 
 
+@pytest.mark.slow
 def test_workers_then_the_card(
     config: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -61,6 +62,7 @@ def test_workers_then_the_card(
     assert not list(tmp_path.rglob("predictions-*.pt"))
 
 
+@pytest.mark.slow
 def test_images_that_fail_are_status_4(config: list[str], tmp_path: Path) -> None:
     path = tmp_path / "generate.yaml"
     path.write_text(path.read_text().replace("thing 3", "nan").replace("thing 4", "black"))
@@ -71,6 +73,7 @@ def test_images_that_fail_are_status_4(config: list[str], tmp_path: Path) -> Non
     assert "not_finite" in (tmp_path / "set/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_refusals(config: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     steps = "--model.init_args.generator.init_args.steps=3"
     assert status(config) == 0

@@ -53,6 +53,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_fit_fills_the_run_folder(run: Path) -> None:
     names = {p.name for p in run.iterdir()}
     assert {"config.yaml", "run.json", "checkpoints", "csv", "modality_gap.png", "modality_gap.json"} <= names
@@ -79,6 +80,7 @@ def test_a_checkpoint_of_the_command_line_needs_no_arguments(run: Path) -> None:
         assert torch.equal(encoder.encode_image(image, modality)[modality == 0], frozen)
 
 
+@pytest.mark.slow
 def test_resume_goes_on_in_the_folder_and_the_users_values_win(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parents[2])
     assert status(["fit", *ALIGN, "--trainer.max_steps=4", "--ckpt_path", "last"]) == 0
@@ -104,6 +106,7 @@ def test_lightnings_private_names_are_there() -> None:
     assert hparams_mixin._given_hyperparameters.get() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "printed"),
     [
@@ -120,6 +123,7 @@ def test_null_stays_null_at_any_depth(given: list[str], printed: str, capsys: py
     assert printed in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "answer"),
     [
@@ -142,6 +146,7 @@ def test_a_misspelt_name_is_answered_with_the_known_ones(
     assert "usage:" not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "code", "answer"),
     [
@@ -213,11 +218,13 @@ def test_only_what_the_verb_reads_is_built_beside_a_stream(verb: str, code: int)
     assert verb == "fit" or with_data(verb, list(READ[verb]), "StreamingDataModule") == 3
 
 
+@pytest.mark.slow
 def test_untrained_on_purpose(capfd: pytest.CaptureFixture[str]) -> None:
     assert status(["validate", *ALIGN, *UNTRAINED, "--allow_untrained", "true"]) == 0
     assert "val/novel/margin" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_pretraining_then_export_loads_in_plain_open_clip(tmp_path: Path) -> None:
     import open_clip
 
@@ -259,12 +266,14 @@ def test_doctor_and_version_work_offline(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.startswith("gmail-lightning ")
 
 
+@pytest.mark.slow
 def test_exit_status_of_the_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gmail_lightning", "fit", *ALIGN, "--trainer.fast_dev_run=true"]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr
 
 
+@pytest.mark.slow
 def test_the_working_directory_shadows_nothing(tmp_path: Path) -> None:
     """Names of the standard library, of a dependency and of ours; a class of one's own there is still found."""
     for name in ("random.py", "datasets.py", "torchmetrics.py", "yaml.py"):

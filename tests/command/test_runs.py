@@ -73,6 +73,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+@pytest.mark.slow
 def test_last_takes_the_newest_run_of_the_same_settings_and_seed(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,6 +106,7 @@ def test_last_takes_the_newest_run_of_the_same_settings_and_seed(
     assert (record(other_settings)["seed"], state(other_settings)["global_step"]) == (0, 3)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_next_batch_wherever_it_ended() -> None:
     assert fit("--name=straight", steps=5, interval=4) == 0
     assert fit("--name=cut", steps=3, interval=2) == 0
@@ -117,6 +119,7 @@ def test_a_resumed_run_goes_on_with_the_next_batch_wherever_it_ended() -> None:
         assert torch.equal(other["state_dict"][name], value), name
 
 
+@pytest.mark.slow
 def test_the_last_state_does_not_wait_for_a_better_one() -> None:
     """A checkpoint of the user's that watches a value, and would write the same file only where it got better."""
     watch = {"monitor": "val/novel/real_i2t_R@1", "mode": "max", "save_last": True}  # it stays the same
@@ -129,6 +132,7 @@ def test_the_last_state_does_not_wait_for_a_better_one() -> None:
     assert len(names) == 2  # and the best
 
 
+@pytest.mark.slow
 def test_the_kept_configuration_makes_the_run_anew() -> None:
     assert fit() == 0
     (first,) = made()
@@ -148,6 +152,7 @@ def test_the_kept_configuration_makes_the_run_anew() -> None:
         assert torch.equal(state(again)["state_dict"][name], value)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_told_to_end_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     original = AlignmentTask.training_step
 
@@ -170,6 +175,7 @@ def test_a_job_that_is_told_to_end_loses_nothing(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(state(folder)["state_dict"][name], value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -190,6 +196,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(wrong: list[str])
     assert not any(Path("own/empty").iterdir())  # a folder that was there stays
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_later_stays_and_is_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
     from gmail_lightning.tasks import AlignmentTask
 
@@ -211,6 +218,7 @@ def test_a_run_that_fails_later_stays_and_is_taken_up(monkeypatch: pytest.Monkey
     assert (record(folder)["state"], state(folder)["global_step"]) == ("done", 4)
 
 
+@pytest.mark.slow
 def test_a_killed_job_finds_its_folder_and_a_running_one_is_left_alone(tmp_path: Path) -> None:
     """One real process, killed; a job is known by its number, others by what was written."""
     command = [sys.executable, "-m", "gmail_lightning", "fit", *ALIGN, "--trainer.max_steps=100000"]
@@ -354,6 +362,7 @@ def test_settings_leave_out_what_changes_nothing_in_training() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_trial_takes_nothing_and_a_folder_at_work_is_refused(tmp_path: Path) -> None:
     assert fit() == 0
     (folder,) = made()
@@ -389,6 +398,7 @@ def test_validation_within_a_fit_is_no_step() -> None:
     assert not Path("a").exists()
 
 
+@pytest.mark.slow
 def test_a_requeued_job_without_a_state_keeps_the_checkpoint_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fit("--name=first") == 0
     (first,) = made("first")
@@ -404,6 +414,7 @@ def test_a_requeued_job_without_a_state_keeps_the_checkpoint_that_was_given(monk
     assert record(job)["checkpoint"] == str(given)
 
 
+@pytest.mark.slow
 def test_a_second_fit_in_a_job_starts_from_the_file_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     assert fit("--name=job") == 0
@@ -426,6 +437,7 @@ def test_two_processes_of_a_job_do_not_take_one_run(tmp_path: Path, monkeypatch:
     assert run_of_job(tmp_path, {**WANTED, "job": "5"}) is None
 
 
+@pytest.mark.slow
 def test_variables_of_another_launcher_do_not_make_one_process_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are left in the shell of a cluster; Lightning does not go by them either."""
     monkeypatch.setenv("RANK", "1")

@@ -277,6 +277,7 @@ def test_generated_augmentation_leaves_real_rows_alone() -> None:
         next(iter(training_loader(augmentation=v2.CenterCrop(4))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", ["paired", "mixture"])
 def test_broken_images_are_replaced_and_counted(tmp_path: Path, mode: str, workers: int) -> None:
@@ -422,6 +423,7 @@ def test_the_composition_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptur
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "fit", "error", "message"),
     [
@@ -468,6 +470,7 @@ def test_sizes_and_names_of_texts_follow_the_spec() -> None:
     assert torch.equal(batch["image"][1], resize(data[int(index)]["image"], spec.image))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_command_line_builds_it_from_yaml(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("""

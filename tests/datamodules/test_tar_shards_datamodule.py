@@ -40,6 +40,7 @@ def real_and_generated(folder: Path, number: int = 22, **arguments: Any) -> tupl
     return ManifestDataset(folder / "real.csv", modality="real"), TarShards(store, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:1 real training rows have no generated")
 def test_pairs_from_tars_resume_in_mid_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train = list(real_and_generated(tmp_path))

@@ -126,6 +126,7 @@ def test_sets_of_torchvision(
         assert ClassificationDataset(name, tmp_path, split="all").label.tolist() == [0, 0, 1]
 
 
+@pytest.mark.slow
 def test_caltech101(tmp_path: Path) -> None:
     folders = CALTECH_FOLDERS.split()
     folder = tmp_path / "caltech101" / "101_ObjectCategories"
@@ -158,6 +159,7 @@ def test_caltech101(tmp_path: Path) -> None:
         ClassificationDataset("caltech101", tmp_path, "all")
 
 
+@pytest.mark.slow
 def test_imagenet(tmp_path: Path) -> None:
     for i in range(1000):
         (tmp_path / f"imagenet/val/n{i:08d}").mkdir(parents=True)

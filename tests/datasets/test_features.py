@@ -84,6 +84,7 @@ def test_a_part_of_the_rows_finds_its_features_by_any_row_of_the_picture(tmp_pat
         assert np.array_equal(store.feature(row).numpy(), values[pair_id % 3])
 
 
+@pytest.mark.slow
 def test_all_else_is_as_the_data_set_says(tmp_path: Path) -> None:
     emoji = EmojiDataset("fluent", "novel")
     write_store(tmp_path / "store", emoji)

@@ -494,6 +494,7 @@ def test_braces() -> None:
 # Many rows, many tars, many processes
 
 
+@pytest.mark.slow
 def test_few_tars_are_open_at_once(tmp_path: Path) -> None:
     number = tar_files.OPEN_TARS + 40
     for n in range(number):
@@ -517,6 +518,7 @@ def test_workers_read_what_the_process_reads(tmp_path: Path) -> None:
     assert np.array_equal(pickle.loads(pickle.dumps(data))[3]["image"], expected[3])  # as a spawned worker gets it
 
 
+@pytest.mark.slow
 def test_rows_cost_little_memory(tmp_path: Path) -> None:
     count = 4000
     members = [(f"{n:09d}.{suffix}", b"x") for n in range(count) for suffix in ("jpg", "txt")]

@@ -100,6 +100,7 @@ def test_captions_of_something_else_are_not_mixed_in(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.json").read_text()) == []
 
 
+@pytest.mark.slow
 def test_memory_does_not_hold_all_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts_module, "PART_BYTES", 2**18)
     count, size = 8000, 2000  # 16 MB of captions

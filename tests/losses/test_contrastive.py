@@ -96,6 +96,7 @@ def test_sigmoid_loss_equals_the_dense_formula(tile, scale, bias, ids):
     assert_equal_gradients(actual, expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", [None, 40, 5], ids=["distinct", "40 ids", "5 ids"])
 @pytest.mark.parametrize("normalize_images", [True, False])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])

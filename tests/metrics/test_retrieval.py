@@ -43,6 +43,7 @@ def scattered() -> tuple[Tensor, Tensor, Tensor]:
     return image, 0.8 * image[owner] + torch.randn(len(owner), 5) - 0.5, owner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [(1, 1), (7, 5), (4, 100), (100, 4), (512, 1024)], ids=str)
 def test_equals_a_plain_loop_also_on_negative_scores(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "CPU_TILE", tile)
@@ -123,6 +124,7 @@ class LargestNew(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "CPU_TILE", (8, 16))
     largest = []

@@ -89,6 +89,7 @@ def test_real_rows_see_the_plain_tower_and_generated_ones_the_branch(kind: str, 
     assert trained == {name for name, _ in model.image_adapters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BRANCHES)
 def test_a_checkpoint_brings_the_branch_to_later_stages(kind: str, image: Tensor, tmp_path: Path) -> None:
     task = AlignmentTask(ModalityEncoder(tiny_encoder(), branch=BRANCHES[kind]()))
@@ -129,6 +130,7 @@ def test_a_full_copy_shares_its_text_tower_and_leaves_the_tower_alone(image: Ten
     assert pickled.branch.encoder is pickled.encoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text_side", ["frozen", "lora", "full"])
 def test_a_full_copy_is_exported_beside_the_trained_texts(text_side: str, image: Tensor, tmp_path: Path) -> None:
     task = RetrievalTask(ModalityEncoder(tiny_encoder(), branch=FullCopy(), text_side=text_side))

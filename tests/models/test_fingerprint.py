@@ -182,6 +182,7 @@ def replaced(tensor: torch.Tensor, how: str) -> torch.Tensor:
     return float(tensor.mean()) + deviation * noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["drawn", "reversed"])
 @pytest.mark.parametrize("kind", ["open_clip", "timm", "hf_clip", "hf_siglip", "resnet", "own"])
 def test_every_tensor_that_is_replaced_is_named(tiny, kind: str, how: str) -> None:

@@ -71,6 +71,7 @@ def test_what_is_of_this_edition_stays_as_it_is() -> None:
     assert not {"rank", "alpha", "targets"} & content["hyper_parameters"].keys()
 
 
+@pytest.mark.slow
 def test_the_command_line_goes_on_from_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     small = ["--data.init_args.num_workers=0", "--data.init_args.batch_size=16", "--trainer.limit_val_batches=1"]

@@ -119,3 +119,13 @@ def test_the_causal_mask_is_what_transformers_makes_of_the_padding(kind: str) ->
     assert torch.equal(model(inputs_embeds=embeddings, attention_mask=mask).logits[seen], expected[seen])
     model.config._attn_implementation = "eager"
     assert torch.equal(causal_mask(model, seen), seen.long())
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_window_is_left_to_transformers(window: int | None) -> None:
+    settings = AutoConfig.for_model(**{**LLAMA, "model_type": "mistral"}, num_key_value_heads=2, vocab_size=50)
+    settings.sliding_window = window
+    model, seen = AutoModelForCausalLM.from_config(settings), torch.ones(2, 7, dtype=torch.bool)
+    assert causal_mask(model, seen).ndim == (4 if window is None else 2)
+    model.config.model_type = "of one's own"
+    assert causal_mask(model, seen).ndim == 2

@@ -31,6 +31,7 @@ def step(model: ModalityEncoder, image: Tensor, steps: int = 1, autocast: bool =
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", KINDS)

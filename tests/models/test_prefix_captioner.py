@@ -73,6 +73,7 @@ def test_mappers_follow_the_published_formulas() -> None:
     torch.testing.assert_close(tiny(mapper="transformer").prefix(feature), x[:, 2:], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_beam_search_equals_an_exhaustive_search(seed: int, length_penalty: float) -> None:
@@ -124,6 +125,7 @@ def beam_search(model: ClipCap, feature: Tensor, allowed: list[int], width: int,
     return " ".join(model.tokenizer.decode([token for token in best if token != end]).split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
 def test_narrow_beams_prune_as_the_textbook_does(length_penalty: float) -> None:
     model, allowed, steps = tiny(4), [0, 10, 20, 30, 40, 50], 6

@@ -188,6 +188,7 @@ def test_a_language_model_loads_wrapped_weights(tmp_path: Path, wrap) -> None:
     assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
 
 
+@pytest.mark.slow
 @wrapped
 def test_a_folder_of_open_clip_loads_wrapped_weights(tmp_path: Path, wrap) -> None:
     folder = shutil.copytree(SHIPPED["emoji"], tmp_path / "folder")
@@ -199,6 +200,7 @@ def test_a_folder_of_open_clip_loads_wrapped_weights(tmp_path: Path, wrap) -> No
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["model", "model.visual.transformer", "model.transformer.resblocks.0"])
 def test_a_compiled_encoder_has_the_fingerprint_of_the_plain_one(part: str) -> None:
     plain, compiled = tiny_encoder(), tiny_encoder()

@@ -19,7 +19,7 @@ from published import arguments, exported, follow, header, newest, options, reci
 
 from gmail_lightning.command.recipes import recipes_folder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.published, pytest.mark.slow]
 FEW = {"data.init_args.batch_size": 4}
 SHORT = {"trainer.limit_val_batches": 1}
 

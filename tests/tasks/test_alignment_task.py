@@ -150,6 +150,7 @@ def test_every_trainable_tensor_gets_a_gradient(batch: ImageTextBatch, real_path
     assert sides == {"generated_projection"} | ({"real_projection"} if real_path != "frozen" else set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_the_frozen_path_is_the_plain_encoder_while_the_task_trains(
     batch: ImageTextBatch, precision: torch.dtype

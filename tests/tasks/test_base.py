@@ -181,6 +181,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         trainer(tmp_path, log_every_n_steps=1).fit(task, pairs())
 
 
+@pytest.mark.slow
 def test_evaluation_is_logged_per_set_and_counts_every_image_once(tmp_path: Path) -> None:
     task = AlignmentTask(tiny())
     run = trainer(tmp_path, limit_val_batches=1.0)

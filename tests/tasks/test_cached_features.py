@@ -124,6 +124,7 @@ def test_pixels_alone_are_encoded_bit_for_bit_as_before() -> None:
     assert torch.equal(plain.encode_images(batch), plain.encoder.encode_image(batch["image"]))
 
 
+@pytest.mark.slow
 def test_alignment_on_cached_features_runs_no_teacher(stored: Path) -> None:
     results = []
     for real in (lambda dataset: dataset, lambda dataset: FeatureStore(stored, dataset)):
@@ -152,6 +153,7 @@ def test_alignment_on_cached_features_runs_no_teacher(stored: Path) -> None:
         torch.testing.assert_close(other, one, rtol=0.02, atol=0.02 * float(one.abs().max()))
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_a_store_has_the_scores_of_live_features(tmp_path: Path, stored: Path) -> None:
     results = []
     for real in (lambda dataset: dataset, lambda dataset: FeatureStore(stored, dataset)):
@@ -165,6 +167,7 @@ def test_a_whole_run_on_a_store_has_the_scores_of_live_features(tmp_path: Path, 
     assert cached == {name: pytest.approx(value, abs=0.01) for name, value in live.items()}
 
 
+@pytest.mark.slow
 def test_workers_read_the_store(stored: Path) -> None:
     data = pairs(lambda dataset: FeatureStore(stored, dataset))
     here = train_batch(data, AlignmentTask(tiny()))
@@ -173,6 +176,7 @@ def test_workers_read_the_store(stored: Path) -> None:
     assert torch.equal(here["image_features"], there["image_features"])
 
 
+@pytest.mark.slow
 def test_features_of_another_encoder_are_refused(tmp_path: Path, stored: Path) -> None:
     data = pairs(lambda dataset: FeatureStore(stored, dataset))
     assert len(data.feature_stores) == 1
@@ -292,6 +296,7 @@ def test_a_text_side_may_be_trained_on_cached_features(text_side: str) -> None:
     refuse_other_features(wrapped(encoder), stores, READERS[None], trains=True)
 
 
+@pytest.mark.slow
 def test_features_that_the_run_would_change_are_refused(tmp_path: Path, stored: Path) -> None:
     data = pairs(lambda dataset: FeatureStore(stored, dataset))
     with pytest.raises(MisconfigurationException, match="real images, and this run trains the branch"):
@@ -315,6 +320,7 @@ def test_augmentation_that_cached_rows_cannot_follow_is_refused(stored: Path) ->
     assert "image_features" in batch
 
 
+@pytest.mark.slow
 def test_generated_features_are_those_of_the_aligned_branch(tmp_path: Path) -> None:
     checkpoint = aligned(tmp_path)
     hands = [EmojiDataset("noto", "novel"), EmojiDataset("fluent_flat", "novel")]

@@ -67,6 +67,7 @@ def test_loss_is_the_captioners_on_each_branch(aligned: Any, tmp_path: Path) -> 
     assert not torch.allclose(weighted, made.compute_losses(batch)["loss"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_text_noise_trains_on_texts_and_captions_images(tmp_path: Path) -> None:
     """Without noise the features are those of the texts; with it, their direction moves by the variance asked for."""
     made = task(text_noise=0.0).eval()
@@ -104,6 +105,7 @@ def no_java(asked: list[str]) -> Any:
     return scores
 
 
+@pytest.mark.slow
 def test_scores_of_each_modality_and_what_needs_java_is_left_to_test(tmp_path: Path) -> None:
     made = task(metrics=("bleu", "rouge", "cider", "meteor"))
     data = emoji_data()
@@ -126,6 +128,7 @@ def test_scores_of_each_modality_and_what_needs_java_is_left_to_test(tmp_path: P
     assert len(asked) == 2  # one set, two modalities
 
 
+@pytest.mark.slow
 def test_fit_on_cached_features_equals_fit_on_pixels(aligned: Any, tmp_path: Path) -> None:
     """Features of the aligned branch, written once, in place of the pixels of every step: the same weights."""
     hands = [EmojiDataset(hand, "novel") for hand in ("fluent_flat", "noto")]

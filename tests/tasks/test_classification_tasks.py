@@ -125,6 +125,7 @@ def test_class_lists_that_do_not_match_are_refused(fitted, tmp_path) -> None:
         quiet_trainer(tmp_path).validate(probe, emoji_data("subgroup"), verbose=False)
 
 
+@pytest.mark.slow
 def test_a_probe_is_logistic_regression_on_scaled_features(fitted, tmp_path) -> None:
     task = LinearProbeTask(tiny_encoder(), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.5))
     trainer = fitted(task, emoji_data("concept"), steps=1)
@@ -148,6 +149,7 @@ def test_a_probe_is_logistic_regression_on_scaled_features(fitted, tmp_path) -> 
         fitted(loaded, emoji_data("group"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr", [0.0, 10.0])
 def test_a_run_that_destroys_its_score_is_stopped(lr: float, fitted) -> None:
     task = ZeroShotClassificationTask(

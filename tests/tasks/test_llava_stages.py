@@ -104,6 +104,7 @@ def test_a_checkpoint_of_the_second_stage_needs_no_file_of_the_first(language: P
         assert torch.equal(value, again.captioner.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clipcap", "lora", "full"])
 def test_a_step_in_mixed_precision(language: Path, tmp_path: Path, kind: str) -> None:
     def build() -> CaptioningTask:

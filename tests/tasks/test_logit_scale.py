@@ -80,6 +80,7 @@ def scale_of(task: torch.nn.Module) -> tuple[torch.nn.Parameter, float]:
     return task.encoder.log_scale, 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*tasks()])
 def test_a_step_beyond_ends_at_the_cap_and_one_down_leaves_it(name: str, fitted) -> None:
     task, highest = tasks()[name], HIGHEST.get(name, 100.0)

@@ -63,12 +63,13 @@ MIXED: dict[str, Callable[[], BaseTask]] = {
     "LLaVA": lambda: CaptioningTask(routed(tiny_encoder()), llava()),
 }
 CASES = [
-    *((name, "paired", {}) for name in PAIRED),
-    *((name, "mixture", {"generated_fraction": 0.5}) for name in MIXED),
+    pytest.param(name, mode, share, id=name, marks=[] if name in ("align", "retrieval") else pytest.mark.slow)
+    for cases, mode, share in ((PAIRED, "paired", {}), (MIXED, "mixture", {"generated_fraction": 0.5}))
+    for name in cases
 ]
 
 
-@pytest.mark.parametrize(("name", "mode", "share"), CASES, ids=[name for name, _, _ in CASES])
+@pytest.mark.parametrize(("name", "mode", "share"), CASES)
 def test_a_training_step_reads_nothing(
     name: str, mode: str, share: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +103,7 @@ def test_what_waits_is_found(waits: Callable[[torch.Tensor], Any]) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("name", "mode", "share"), CASES, ids=[name for name, _, _ in CASES])
+@pytest.mark.parametrize(("name", "mode", "share"), CASES)
 def test_a_training_step_on_a_gpu_never_waits(name: str, mode: str, share: dict[str, float], tmp_path: Path) -> None:
     import lightning.pytorch as pl
 

@@ -81,6 +81,7 @@ def test_what_trains_and_what_a_checkpoint_gives_back(aligned, image, fitted, tm
             assert torch.equal(encoder.encode_image(image, MODALITY), task.encoder.encode_image(image, MODALITY))
 
 
+@pytest.mark.slow
 def test_an_untouched_text_side_scores_as_the_plain_encoder(aligned, tmp_path) -> None:
     data = emoji_data()
     plain = RetrievalTask(tiny_encoder())
@@ -169,6 +170,7 @@ def test_new_adapters_learn_from_the_task_itself(fitted) -> None:
     assert all("lora" in name for name in changed)
 
 
+@pytest.mark.slow
 def test_a_stretched_table_is_in_checkpoints_of_an_evaluation(fitted, tmp_path) -> None:
     """ModelCheckpoint saves at the end of a validation, where no gradient is recorded."""
     encoder = tiny_encoder()
@@ -188,6 +190,7 @@ def tiny_stretched_table() -> torch.Tensor:
     return stretch_positional_embedding(tiny_encoder().model.positional_embedding.detach(), 28, keep=4)
 
 
+@pytest.mark.slow
 def test_the_command_line_needs_no_file_of_the_alignment_again(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipes = Path(__file__).parents[2] / "recipes" / "emoji"
@@ -204,6 +207,7 @@ def test_the_command_line_needs_no_file_of_the_alignment_again(tmp_path, monkeyp
     assert again["results"]["novel"] == pytest.approx(first["novel"], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["retrieval", "zeroshot", "linear_probe"])
 def test_the_embedded_recipes_train_evaluate_and_reload(recipe, tmp_path, monkeypatch, caplog) -> None:
     """From the command line: two steps, both evaluations in results.json, and a test of the checkpoint."""

@@ -107,6 +107,7 @@ def test_the_loss_is_the_one_worked_out_by_hand(
     assert loss.item() == pytest.approx((error * weight * batch["weight"]).mean().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_average_is_the_one_worked_out_by_hand(folders: dict[str, Path], tmp_path: Path) -> None:
     task = make(folders["pixel"], ema_decay=0.6)
     name, states = "conv_in.weight", []
@@ -125,6 +126,7 @@ def test_the_average_is_the_one_worked_out_by_hand(folders: dict[str, Path], tmp
     assert torch.equal(task.unet.state_dict()[name], states[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings"), [("sd", {"lora_rank": 2}), ("sd", {"train_text_encoder": True}), ("pixel", {})]
 )
@@ -161,6 +163,7 @@ def test_plain_diffusers_loads_what_was_trained(
         assert not torch.equal(plain.text_encoder.state_dict()[weight], torch.ones(16))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_an_undisturbed_one_does(folders: dict[str, Path], tmp_path: Path) -> None:
     straight = make(folders["sd"], lora_rank=2)
     half = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=2, save_top_k=1, enable_version_counter=False)
@@ -178,6 +181,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(folders: dict[str, Pat
     assert all("lora" in key for key in stored["state_dict"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_refused_on_another_pipeline(folders: dict[str, Path], tmp_path: Path) -> None:
     trainer = fit(make(folders["sd"], lora_rank=2), tmp_path, 1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -186,6 +190,7 @@ def test_a_checkpoint_is_refused_on_another_pipeline(folders: dict[str, Path], t
         pl.Trainer(max_steps=2, enable_checkpointing=False, **FAST).fit(other, data(), ckpt_path=tmp_path / "a.ckpt")
 
 
+@pytest.mark.slow
 def test_evaluation_compares_at_any_batch_size(folders: dict[str, Path]) -> None:
     losses = []
     for batch_size in (2, 5):
@@ -198,6 +203,7 @@ def test_evaluation_compares_at_any_batch_size(folders: dict[str, Path]) -> None
     assert losses[0] > 0
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_at_every_validation(folders: dict[str, Path], tmp_path: Path) -> None:
     trainer = pl.Trainer(
         max_steps=2, val_check_interval=1, limit_val_batches=1, default_root_dir=tmp_path, enable_checkpointing=False,
@@ -210,6 +216,7 @@ def test_samples_are_drawn_at_every_validation(folders: dict[str, Path], tmp_pat
     assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == ["step-000001.png", "step-000002.png"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="StableDiffusionXLPipeline has several text encoders"):
         make(folders["sdxl"])
@@ -227,6 +234,7 @@ def test_what_cannot_be_trained_is_refused(folders: dict[str, Path]) -> None:
         task.predict_step({}, 0)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_the_first_edition_load(folders: dict[str, Path], tmp_path: Path) -> None:
     """They hold the state of diffusers' ``EMAModel``."""
     task = make(folders["pixel"], ema_decay=0.6)
@@ -248,6 +256,7 @@ def test_checkpoints_of_the_first_edition_load(folders: dict[str, Path], tmp_pat
     assert not any((p == 0.25).all() for p in again.unet.parameters())
 
 
+@pytest.mark.slow
 def test_parts_train_at_rates_of_their_own(folders: dict[str, Path], tmp_path: Path) -> None:
     rates = {"generator.parts.text_encoder": 1e-4, "generator.parts.unet.conv_in": 1e-5}
     plain = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)  # noqa: E731

@@ -289,6 +289,7 @@ def test_the_limit_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_image(data)
 
 
+@pytest.mark.slow
 def test_texts_that_inflate_without_end_are_no_danger() -> None:
     bomb = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(200_000_000), 9))
     with pytest.raises(ImageDecodeError, match="does not decode"):

@@ -86,6 +86,7 @@ def test_tall_images_are_squashed_alike() -> None:
     assert (resize(image, ImageSpec((24, 200), "squash")) * 255 - whole).abs().max() <= 2
 
 
+@pytest.mark.slow
 def test_memory_of_resizing_is_that_of_source_and_target() -> None:
     code = """
 import resource, torch

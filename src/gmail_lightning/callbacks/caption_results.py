@@ -23,6 +23,7 @@ from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.generation.captions import CaptionFile, unlisted_rows
 from gmail_lightning.generation.parts import Record, with_work_for_all
 from gmail_lightning.generation.rows import image_columns, images_digest
+from gmail_lightning.models.branches.adapters import adapter_ids
 
 
 class CocoResultWriter(Callback):
@@ -126,12 +127,6 @@ class CocoResultWriter(Callback):
         if self._captions is not None:
             self._captions.parts.flush()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leaves the data module with all its images."""
-        data = getattr(trainer, "datamodule", None)
-        if stage == "predict" and isinstance(data, ImageTextDataModule):
-            data.predict_only(None)
-
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits for all processes; the first then writes the file."""
         if self._captions is None:
@@ -158,10 +153,10 @@ def _record(trainer: Trainer, task: LightningModule, rows: EvaluationRows) -> Re
 
 
 def _weights_digest(task: LightningModule) -> str:
-    """Tells what is trained apart from what it was before."""
-    digest = hashlib.sha256()
+    """Tells what is trained, and the adapters of an earlier stage, apart from what they were before."""
+    digest, adapters = hashlib.sha256(), adapter_ids(task)
     for name, weight in task.named_parameters():
-        if weight.requires_grad:
+        if weight.requires_grad or id(weight) in adapters:
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             share = weight.to_local() if isinstance(weight, DTensor) else weight  # no collective on one process alone
             digest.update(share.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())

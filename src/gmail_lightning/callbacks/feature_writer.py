@@ -126,10 +126,6 @@ class FeatureWriter(Callback):
         if self._store is not None:
             self._store.parts.flush()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leaves the data module with all its rows."""
-        cast(Any, trainer).datamodule.predict_only(None)
-
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits for all processes; the first then makes the store."""
         assert self._store is not None

@@ -150,14 +150,15 @@ class ImageTextDataModule(LightningDataModule):
         """Returns the loader of ``predict``."""
         rows = self.predict_rows()
         tell(self.datasets["predict"], need_captions=False)
-        return self._loader(rows if self._choose is None else Subset(rows, self._choose().tolist()), None)
+        choose, self._choose = self._choose, None  # for this loader alone, whatever becomes of its run
+        return self._loader(rows if choose is None else Subset(rows, choose().tolist()), None)
 
-    def predict_only(self, choose: Callable[[], np.ndarray] | None) -> None:
-        """Leaves ``predict`` with some of its images, where a writer has the others.
+    def predict_only(self, choose: Callable[[], np.ndarray]) -> None:
+        """Leaves the next loader of ``predict`` with some of its images, where a writer has the others.
 
         Args:
             choose: Returns their numbers in ``predict_rows``, shape (n,); asked when the loader is made, after the
-                weights of a checkpoint were loaded. None takes all.
+                weights of a checkpoint were loaded.
         """
         self._choose = choose
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,10 @@ class ImageEncoder(nn.Module, ABC):
         """The model whose state dict a merged export holds: the encoder itself, unless it wraps one."""
         return self
 
+    def plain_only(self) -> AbstractContextManager[None]:
+        """Inside, an encoder that routes modalities sees as the plain one; any other does anyway."""
+        return nullcontext()
+
     @property
     def plain(self) -> ImageEncoder:
         """The encoder itself; of one that routes modalities the encoder that it routes."""
@@ -165,9 +170,12 @@ class DualEncoder(ImageEncoder):
     @property
     def log_scale(self) -> nn.Parameter | None:
         """The parameter whose exponential is ``logit_scale``, which training caps; None where there is none."""
-        scale = self.logit_scale.detach().squeeze()
-        scalars = (p for p in self.parameters() if p.numel() == 1)
-        return next((p for p in scalars if torch.equal(p.detach().exp().squeeze(), scale)), None)
+        if "_log_scale" not in self.__dict__:  # looked for once: values are compared, which waits for a device
+            scale = self.logit_scale.detach().squeeze()
+            scalars = (p for p in self.parameters() if p.numel() == 1)
+            found = next((p for p in scalars if torch.equal(p.detach().exp().squeeze(), scale)), None)
+            self.__dict__["_log_scale"] = found
+        return cast(nn.Parameter | None, self.__dict__["_log_scale"])
 
     @property
     def logit_bias(self) -> Tensor | None:

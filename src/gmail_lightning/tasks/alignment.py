@@ -93,7 +93,7 @@ class AlignmentTask(EncoderTask):
             raise ValueError(
                 f"No weight may be negative, and one of {', '.join(weights)} must be above 0: {self.weights}."
             )
-        if generated_text_weight or real_text_weight:
+        if generated_text_weight or real_text_weight or self.has_texts:
             require_text(self.encoder, "generated_text_weight and real_text_weight are of images and captions")
         if real_text_weight and self.encoder.real_path == "frozen":
             raise ValueError("real_text_weight needs real_path: projected or adapted; a frozen real path cannot train.")
@@ -173,7 +173,7 @@ class AlignmentTask(EncoderTask):
         """
         if not self.reads_patches:
             return {"pooled": self.encode_images(batch, chunk_size)}
-        if "image_features" in batch:
+        if "image_features" in batch or "image_token_ids" in batch:
             raise ValueError("The patch terms need the pixels of every row: give the data sets without their store.")
 
         def see(tower: ImageTower, image: Tensor) -> Tensor:

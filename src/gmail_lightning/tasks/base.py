@@ -264,7 +264,9 @@ class BaseTask(SmallCheckpoints, ABC):
 
     def configure_optimizers(self) -> Any:
         """The user's optimizer and schedule, or AdamW with ``WarmupCosine``."""
-        groups = parameter_groups(plain_names(dict(self.named_parameters())).items(), self.learning_rates)
+        in_state = {id(tensor): name for name, tensor in self.state_dict(keep_vars=True).items()}
+        named = {in_state.get(id(p), name): p for name, p in self.named_parameters()}
+        groups = parameter_groups(plain_names(named).items(), self.learning_rates)
         if not groups:
             raise MisconfigurationException(f"{type(self).__name__}: nothing is trainable.")
         build: Callable[..., Optimizer] = self.optimizer or (lambda p: AdamW(p, lr=1e-4, weight_decay=0.01))

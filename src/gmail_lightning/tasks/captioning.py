@@ -21,7 +21,7 @@ from gmail_lightning.metrics.captioning.coco_score import JAVA_METRICS
 from gmail_lightning.models import Captioner, ImageEncoder, ModalityEncoder, PooledFeatures
 from gmail_lightning.models.branches.fingerprint import frozen_weights, weights_difference
 from gmail_lightning.tasks.accumulation import TokenMean
-from gmail_lightning.tasks.encoder_task import EncoderTask, reaching
+from gmail_lightning.tasks.encoder_task import EncoderTask, reaching, require_text
 from gmail_lightning.tasks.results import EvaluationResult
 from gmail_lightning.types import CaptionIds, ImageTextBatch, InputSpec, Modality, PromptIds
 
@@ -122,6 +122,8 @@ class CaptioningTask(EncoderTask):
             )
         if text_noise is None:
             return
+        if self.encoder.text_spec is not None:
+            require_text(self.encoder, "text_noise trains on texts")
         if self.trained_adapters:
             raise ValueError("text_noise trains on texts, which reach no adapter: leave train_adapters out.")
         if not isinstance(self.reader, PooledFeatures) or self.encoder.text_spec is None:
@@ -275,7 +277,7 @@ class CaptioningTask(EncoderTask):
         return self._frozen[1]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what writing depends on and the trained tensors do not show, ."""
+        """Adds what writing depends on and the trained tensors do not show."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["captioner"] = {
             "settings": self.captioner.describe(),

@@ -18,7 +18,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
 
 from gmail_lightning.models.branches.adapters import adapter_ids
-from gmail_lightning.models.branches.first_edition import converted
+from gmail_lightning.models.branches.first_edition import EDITION, converted
 from gmail_lightning.models.branches.record import check_classes
 from gmail_lightning.models.restoring import restoring
 from gmail_lightning.models.weights import plain_names
@@ -119,6 +119,7 @@ class SmallCheckpoints(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops frozen tensors and live arguments."""
+        checkpoint[EDITION] = 2
         for key in (self.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
             if isinstance(checkpoint.get(key), dict):
                 plain = {name: _plain(value) for name, value in checkpoint[key].items()}

@@ -25,6 +25,7 @@ class LinearProbeTask(ClassificationTask):
 
     Args:
         encoder: A ``ModalityEncoder`` with ``aligned``, or the plain encoder, which is frozen; it needs no text tower.
+            A branch that trains learns with the head, which is the rival without an alignment.
         optimizer: See ``BaseTask``.
         scheduler: See ``BaseTask``.
         warmup_steps: See ``BaseTask``.

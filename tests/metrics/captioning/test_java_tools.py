@@ -42,6 +42,7 @@ def test_a_planted_character_moves_no_caption() -> None:
     assert rest[6] == "a cat"
 
 
+@pytest.mark.slow
 @needs_java
 def test_the_tokens_of_a_caption_do_not_depend_on_the_next_one() -> None:
     pairs = [("my cat no.", "5 cats"), ("my cat no.", "The end"), ("drawn by J.", "The cat"), ("drawn by J.", "a cat")]
@@ -183,6 +184,7 @@ def test_spice_without_its_parser_names_what_is_missing() -> None:
         spice_scores(["a cat"], [["a cat"]], deadline=soon())
 
 
+@pytest.mark.slow
 @needs_java
 def test_the_library_of_spice_works_with_the_packages_that_are_opened(tmp_path) -> None:
     """It reads private fields, which Java from 17 on refuses unless told otherwise."""

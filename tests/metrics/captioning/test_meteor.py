@@ -91,6 +91,7 @@ def test_the_cut_keeps_what_occurs(small_table) -> None:
     assert cut_table(load_table(path), ["no such words", ""]) == gzip.compress(b"", 1)
 
 
+@pytest.mark.slow
 @needs_java
 def test_scores_equal_those_with_the_whole_table(small_table) -> None:
     path, _ = small_table
@@ -104,6 +105,7 @@ def test_scores_equal_those_with_the_whole_table(small_table) -> None:
     assert images != reference_scores(hypotheses, references, os.devnull)[1]  # the paraphrases matter
 
 
+@pytest.mark.slow
 @needs_java
 def test_scores_equal_pycocoevalcap(tmp_path, monkeypatch) -> None:
     """The one test with METEOR's own table, which takes the jar ten seconds to read."""
@@ -139,6 +141,7 @@ def test_plain_words_pass_the_normaliser_unchanged() -> None:
         assert not meteor.PLAIN.fullmatch(text)
 
 
+@pytest.mark.slow
 @needs_java
 @pytest.mark.usefixtures("small_table")
 def test_separators_long_captions_and_odd_characters(monkeypatch) -> None:
@@ -183,6 +186,7 @@ def test_the_table_is_cached_by_its_content(small_table, tmp_path, monkeypatch) 
         load_table(path)
 
 
+@pytest.mark.slow
 @needs_java
 def test_without_a_temporary_folder_the_whole_table_is_used(small_table, tmp_path, monkeypatch) -> None:
     path, _ = small_table

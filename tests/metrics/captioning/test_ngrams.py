@@ -88,6 +88,7 @@ def test_hypotheses_longer_than_a_machine_word() -> None:
     assert_equal_floats([draw() for _ in range(40)], [[draw(), draw()] for _ in range(40)])
 
 
+@pytest.mark.slow
 def test_ten_thousand_words() -> None:
     rng = random.Random(0)
     short, long = captions(rng, 50, [5, 10]), captions(rng, 50, [10_000])

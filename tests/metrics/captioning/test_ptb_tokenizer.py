@@ -91,6 +91,7 @@ def test_cases_are_what_the_jar_says() -> None:
     assert jar_tokenize(list(CASES)) == list(CASES.values())
 
 
+@pytest.mark.slow
 @needs_java
 def test_captions_of_the_emoji() -> None:
     captions: set[str] = set()
@@ -102,11 +103,13 @@ def test_captions_of_the_emoji() -> None:
     assert_same(sorted(captions | sentences))
 
 
+@pytest.mark.slow
 @needs_java
 def test_random_strings() -> None:
     assert_same(random_captions(0, 15_000))
 
 
+@pytest.mark.slow
 @needs_java
 def test_every_character_of_common_scripts() -> None:
     signs = [

@@ -26,6 +26,7 @@ def make(folder: Path, **settings: Any) -> DiffusersGenerator:
     return DiffusersGenerator(str(folder), **{"num_inference_steps": 2, "guidance_scale": 3.0, **settings})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_are_those_of_plain_diffusers(folders: dict[str, Path], kind: str) -> None:
     generator = make(folders[kind], negative_prompt="blurry")
@@ -51,6 +52,7 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(folders: dict[str, Path],
     assert not torch.equal(alone, generator.generate(CAPTIONS[2:], [6]).image)
 
 
+@pytest.mark.slow
 def test_settings_reach_the_pipeline(folders: dict[str, Path]) -> None:
     reference = make(folders["sd"]).generate(CAPTIONS, SEEDS).image
     assert reference.shape[2:] == (16, 16)
@@ -62,6 +64,7 @@ def test_settings_reach_the_pipeline(folders: dict[str, Path]) -> None:
     assert make(folders["sd"], dtype="bfloat16").denoiser.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_broken_decoder_and_a_flag_are_handed_on(folders: dict[str, Path]) -> None:
     generator = make(folders["sd"])
     generator.pipeline.feature_extractor = lambda images, return_tensors: SimpleNamespace(
@@ -75,6 +78,7 @@ def test_a_broken_decoder_and_a_flag_are_handed_on(folders: dict[str, Path]) -> 
     assert torch.isnan(generator.generate(CAPTIONS, SEEDS).image).all()
 
 
+@pytest.mark.slow
 def test_flux(tmp_path: Path) -> None:
     folder, options = build("flux", tmp_path / "flux"), {"max_sequence_length": 48}
     generator = make(folder, size=16, options=options)

@@ -62,6 +62,7 @@ def test_noise_targets_and_the_way_back_are_those_worked_out_by_hand(
     torch.testing.assert_close(made.clean(wrong, noised), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("kind", ["sd", "pixel"])
 def test_they_are_those_of_diffusers(folders: dict[str, Path], kind: str, prediction_type: Any) -> None:
@@ -201,6 +202,7 @@ def test_what_has_no_such_objective_is_refused(folders: dict[str, Path]) -> None
         objective(folders["sd"], "sample")
 
 
+@pytest.mark.slow
 def test_a_compiled_pass_that_shows_no_middle_is_refused(folders: dict[str, Path]) -> None:
     made = objective(folders["sd"])
     made.generator.denoiser.compile(backend="eager")

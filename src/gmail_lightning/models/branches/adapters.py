@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import ImageEncoder
+from gmail_lightning.models.branches.arguments import TextSide
 from gmail_lightning.models.branches.branch import Branch
 from gmail_lightning.models.branches.lora import (
     LoRAContainer,
@@ -60,7 +61,7 @@ class LoRA(Branch):
         """Rank and targets show in the tensors, alpha does not."""
         return self.alpha
 
-    def modules_behind(self, block: int) -> Iterator[nn.Module]:
+    def behind(self, block: int) -> Iterator[nn.Module | nn.Parameter]:
         """The matrices of later blocks."""
         for number, roles in lora_blocks(self.encoder).items():
             if number > block:
@@ -68,7 +69,7 @@ class LoRA(Branch):
 
     def adapters(self) -> Iterator[nn.Module]:
         """The matrices, block by block."""
-        return self.modules_behind(-1)
+        return (factors for roles in lora_blocks(self.encoder).values() for factors in roles.values())
 
     def merged(self) -> dict[str, Tensor]:
         """See ``merge_lora``."""
@@ -88,7 +89,13 @@ class FullCopy(Branch):
     def attach(self, encoder: ImageEncoder) -> None:
         """Copies the image tower."""
         super().attach(encoder)
-        shared = {id(parameter): parameter for parameter in encoder.text_parameters()}
+        try:
+            shared = {id(parameter): parameter for parameter in encoder.text_parameters()}
+        except NotImplementedError as error:
+            raise ValueError(
+                f"FullCopy copies the image tower alone, and {type(encoder).__name__} does not say what is not of it: "
+                "implement text_parameters."
+            ) from error
         self.copied = copy.deepcopy(encoder, dict[int, Any](shared)).eval()
         for parameter in self._own_parameters():
             parameter.requires_grad_(True)
@@ -141,6 +148,21 @@ class Projection(nn.Linear):
         """Maps (B, D) to (B, D), in fp32, so that the identity changes nothing under autocast either."""
         with torch.autocast(features.device.type, enabled=False):
             return super().forward(features.float()).to(features.dtype)
+
+
+def open_text_side(encoder: ImageEncoder, text_side: TextSide, rank: int, targets: Collection[str]) -> None:
+    """Adds what of the text tower is trained within it, and lets it train.
+
+    Raises:
+        TypeError: If there is no text tower.
+    """
+    if text_side != "frozen" and encoder.text_spec is None:
+        raise TypeError(f"{type(encoder).__name__} has no text tower: leave text_side out, or give a DualEncoder.")
+    if text_side == "lora":
+        add_lora(encoder, rank=rank, alpha=2.0 * rank, targets=targets, tower="text")
+    elif text_side == "full":
+        for parameter in encoder.text_parameters():
+            parameter.requires_grad_(True)
 
 
 #: Modules whose tensors a checkpoint always holds.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import ImageEncoder
@@ -57,9 +58,19 @@ class Branch(nn.Module, ABC):
         """Those that neither names nor shapes of the tensors show, so that features are known by them, too."""
         return self.settings
 
-    def modules_behind(self, block: int) -> Iterator[nn.Module]:
-        """Modules that the patch tokens of a block do not pass, so that no loss on these reaches them."""
-        return iter(())
+    def behind(self, block: int) -> Iterator[nn.Module | nn.Parameter]:
+        """What the patch tokens of a block do not pass, so that no loss on these reaches it.
+
+        Here it is looked up: what gets no gradient.
+        """
+        own = [p for module in self.adapters() for p in module.parameters() if p.requires_grad]
+        if not own:
+            return iter(())
+        with torch.enable_grad():
+            tokens = self.image_tokens(torch.zeros(1, 3, *self.encoder.image_spec.size).to(own[0]), layer=block)
+            reached = torch.autograd.grad(tokens.sum(), own, allow_unused=True) if tokens.requires_grad else None
+        found = reached or [None] * len(own)
+        return (p for p, gradient in zip(own, found, strict=True) if gradient is None)
 
     def adapters(self) -> Iterator[nn.Module]:
         """Modules that hold the tensors."""

@@ -63,7 +63,7 @@ def fingerprint(
         "towers": [tower for tower in towers if tower in found],
         "weights": weights,
         "trained": trained,
-        "probe": _probe(plain) if whole else None,
+        "probe": _probe(encoder) if whole else None,
     }
 
 
@@ -104,12 +104,17 @@ def fixed_image(encoder: ImageEncoder) -> Tensor:
     return pixels.view(1, 3, height, width).to(encoder.plain.get_buffer("pixel_mean"))
 
 
-def _probe(plain: ImageEncoder) -> list[float]:
-    image = fixed_image(plain)
+def _probe(encoder: ImageEncoder) -> list[float]:
+    plain, image = encoder.plain, fixed_image(encoder)
     training = [module for module in plain.modules() if module.training]
     plain.eval()
     try:
-        with torch.no_grad(), torch.autocast(image.device.type, enabled=False), lora_disabled(plain):
+        with (
+            torch.no_grad(),
+            torch.autocast(image.device.type, enabled=False),
+            encoder.plain_only(),
+            lora_disabled(plain),
+        ):
             features = plain.encode_image(image)
     finally:
         for module in training:

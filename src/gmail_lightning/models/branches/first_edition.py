@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+#: Key that says of a checkpoint that this edition, or a later one, wrote it.
+EDITION = "edition"
 #: Arguments of the first edition's tasks that are the router's now.
 IMAGE_ARGUMENTS = ("rank", "alpha", "targets", "real_path", "projection", "aligned", "train_adapters")
 TEXT_ARGUMENTS = ("text_side", "text_rank", "text_targets")
@@ -21,10 +23,10 @@ def converted(content: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = content.get("hyper_parameters", {})
     moved = {name: given[name] for name in (*IMAGE_ARGUMENTS, *TEXT_ARGUMENTS) if name in given}
-    if "branches" in content or not moved:
+    if EDITION in content or not moved:
         return dict(content)
     kept = {name: value for name, value in given.items() if name not in moved}
-    content = _with_reader(content)
+    content = {**_with_reader(content), EDITION: 2}
     record = _record(moved, content)
     if record is None:
         return {**content, "hyper_parameters": kept}

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from gmail_lightning.models.base import ImageEncoder
-from gmail_lightning.models.branches.adapters import Projection, adapter_ids, adapter_keys
+from gmail_lightning.models.branches.adapters import Projection, adapter_ids, adapter_keys, open_text_side
+from gmail_lightning.models.branches.arguments import (
+    RealPath,
+    TextSide,
+    refuse_contradictions,
+    refuse_idle,
+    refuse_unknown,
+)
 from gmail_lightning.models.branches.branch import Branch
-from gmail_lightning.models.branches.lora import add_lora
 from gmail_lightning.models.branches.record import (
     BranchRecord,
     build_branch,
     find_alignment,
     load_router,
+    plain_settings,
     public_path,
     restored_branches,
 )
 from gmail_lightning.models.branches.routing import ModalityIndex, Read, Side, route, through
 from gmail_lightning.models.branches.wrapper import WrappedEncoder
 from gmail_lightning.types import Modality
-
-RealPath = Literal["frozen", "projected", "adapted"]
-TextSide = Literal["frozen", "lora", "projection", "full"]
 
 
 class ModalityEncoder(WrappedEncoder):
@@ -77,13 +81,10 @@ class ModalityEncoder(WrappedEncoder):
         train_adapters: bool | None = None,
         train_tower: bool = False,
     ) -> None:
-        _refuse_unknown("real_path", "frozen" if real_path is None else real_path, RealPath)
-        _refuse_unknown("text_side", text_side, TextSide)
-        routed = [branch, aligned, real_path, projection, train_adapters]
-        if train_tower and (text_side != "frozen" or any(value is not None for value in routed)):
-            raise ValueError("train_tower trains the encoder itself, and nothing is routed: leave the rest out.")
-        if aligned is not None and (branch, real_path, projection) != (None, None, None):
-            raise ValueError("aligned brings its own branch, real_path and projection: leave these out.")
+        if isinstance(encoder, ModalityEncoder):
+            raise ValueError("The encoder of a ModalityEncoder is a plain one, and this one routes modalities already.")
+        refuse_unknown(real_path, text_side)
+        refuse_contradictions(branch, aligned, real_path, projection, train_adapters, text_side, train_tower)
         super().__init__(encoder)
         #: Which alignment the adapters are from: ``path``, ``step`` and ``digest`` of its checkpoint; None for none.
         self.alignment: dict[str, Any] | None = None
@@ -97,8 +98,11 @@ class ModalityEncoder(WrappedEncoder):
         if aligned is not None and taken is not None:
             branch = build_branch(taken["branch"], aligned)
             real_path, projection = taken["real_path"], taken["projection"]
+            if branch is None and not projection:
+                raise ValueError(f"aligned={aligned!r}, but the checkpoint that is loaded has no branch: leave it out.")
+        routes = refuse_idle(branch, real_path, projection, train_adapters)
         self.train_tower = train_tower
-        self.train_adapters = aligned is None if train_adapters is None else train_adapters
+        self.train_adapters = routes and (aligned is None if train_adapters is None else train_adapters)
         if not train_tower:
             encoder.requires_grad_(False).eval()
         if branch is not None:
@@ -112,24 +116,14 @@ class ModalityEncoder(WrappedEncoder):
         self.generated_projection = Projection(encoder.embed_dim) if projection or two_sided else None
         self.real_projection = Projection(encoder.embed_dim) if two_sided else None
         self.text_side_projection = Projection(encoder.embed_dim) if text_side == "projection" else None
-        self._open_text_side()
+        open_text_side(encoder, text_side, text_rank, self.text_targets)
         for name, parameter in self.image_adapters():
-            is_taken = aligned is not None and name.startswith("real_projection.")
-            parameter.requires_grad_(parameter.requires_grad and self.train_adapters and not is_taken)
+            parameter.requires_grad_(parameter.requires_grad and self.train_adapters)
+        if aligned is not None and self.real_projection is not None:  # as the alignment left it, whatever else trains
+            self.real_projection.requires_grad_(False)
         if found is not None:
             self._take(found)
-
-    def _open_text_side(self) -> None:
-        if self.text_side != "frozen" and self.encoder.text_spec is None:
-            raise TypeError(
-                f"{type(self.encoder).__name__} has no text tower: leave text_side out, or give a DualEncoder."
-            )
-        if self.text_side == "lora":
-            alpha = 2.0 * self.text_rank
-            add_lora(self.encoder, rank=self.text_rank, alpha=alpha, targets=self.text_targets, tower="text")
-        elif self.text_side == "full":
-            for parameter in self.encoder.text_parameters():
-                parameter.requires_grad_(True)
+        self.record()  # what no checkpoint could hold is refused now
 
     def _take(self, found: BranchRecord) -> None:
         """Loads the adapters of an alignment."""
@@ -160,7 +154,13 @@ class ModalityEncoder(WrappedEncoder):
         settings = {name: value for name, value in record.items() if name != "alignment"}
         model = cls(encoder, **{**settings, "branch": build_branch(record["branch"], "The checkpoint")})
         model.alignment = record["alignment"]
+        if model.alignment is not None and model.real_projection is not None:
+            model.real_projection.requires_grad_(False)
         return model
+
+    def plain_only(self) -> AbstractContextManager[None]:
+        """Inside, the encoder is the plain one, whatever the branch does to it."""
+        return nullcontext() if self.branch is None else self.branch.off()
 
     def record(self) -> dict[str, Any] | None:
         """What a checkpoint keeps of the router beside tensors, in plain values; None where nothing is routed."""
@@ -168,7 +168,7 @@ class ModalityEncoder(WrappedEncoder):
             return None
         branch = None
         if self.branch is not None:
-            branch = {"class_path": public_path(type(self.branch)), "init_args": self.branch.settings}
+            branch = {"class_path": public_path(type(self.branch)), "init_args": plain_settings(self.branch)}
         return {
             "branch": branch,
             "real_path": self.real_path,
@@ -254,10 +254,13 @@ class ModalityEncoder(WrappedEncoder):
 
     def freeze_behind(self, block: int) -> None:
         """Freezes the adapters that the patch tokens of a block do not pass: of later blocks, and the projections."""
-        behind = self.branch.modules_behind(block) if self.branch else ()
-        for module in (*behind, self.real_projection, self.generated_projection):
-            if module is not None:
-                module.requires_grad_(False)
+        for part in (
+            *(self.branch.behind(block) if self.branch else ()),
+            self.real_projection,
+            self.generated_projection,
+        ):
+            if part is not None:
+                part.requires_grad_(False)
 
     def _named(self, modules: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
         own = adapter_ids(self) & {id(parameter) for module in modules for parameter in module.parameters()}
@@ -290,8 +293,3 @@ class ModalityEncoder(WrappedEncoder):
                 another base than the encoder's.
         """
         return cast(Self, load_router(cls, path, encoder))
-
-
-def _refuse_unknown(argument: str, value: str, kind: Any) -> None:
-    if value not in get_args(kind):
-        raise ValueError(f"{argument}={value!r}: give one of {', '.join(get_args(kind))}.")

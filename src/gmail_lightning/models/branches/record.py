@@ -156,6 +156,29 @@ def build_branch(recorded: dict[str, Any] | None, path: str | Path) -> Branch | 
     return found(**recorded["init_args"])
 
 
+def plain_settings(branch: Branch) -> dict[str, Any]:
+    """The settings of a branch.
+
+    Raises:
+        ValueError: If one is no plain value, so that no checkpoint could be read back.
+    """
+    for name, value in branch.settings.items():
+        if not _is_plain(value):
+            raise ValueError(
+                f"{type(branch).__name__}.settings[{name!r}] is a {type(value).__name__}: give numbers, strings, and "
+                "lists or dictionaries of them, which a checkpoint can hold."
+            )
+    return branch.settings
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, (*value, *value.values())))
+    return type(value) in (str, int, float, bool, type(None))
+
+
 def public_path(kind: type[Any]) -> str:
     """Where a class is imported from; one of ours from where users import it, whatever file it is in."""
     package = "gmail_lightning.models"
@@ -169,9 +192,7 @@ def _import_class(recorded: dict[str, Any], path: str | Path, what: str, base: t
     if found is None and not module:
         found = {known.__name__: known for known in _subclasses(base)}.get(name)
     if not isinstance(found, type) or not issubclass(found, base):
-        raise ValueError(
-            f"{path}: {what} {recorded['class_path']!r} is no {base.__name__}. Import its module, or pass {what}=."
-        )
+        raise ValueError(f"{path}: {what} {recorded['class_path']!r} is no {base.__name__}. Import its module first.")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -20,21 +21,21 @@ def rename_state(
         to_state: Maps the module and the name that torch gives a tensor to the name in the state dict.
         from_state: The way back.
     """
-
-    def after(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-        _rename(state_dict, prefix, lambda name: to_state(module, name))
-
-    def before(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        _rename(state_dict, prefix, lambda name: from_state(module, name))
-
-    module.register_state_dict_post_hook(after)
-    module.register_load_state_dict_pre_hook(before)
+    module.register_state_dict_post_hook(Renaming(to_state))
+    module.register_load_state_dict_pre_hook(Renaming(from_state))
 
 
-def _rename(state_dict: dict[str, Any], prefix: str, name_of: Callable[[str], str]) -> None:
-    renamed = {
-        prefix + name_of(key.removeprefix(prefix)) if key.startswith(prefix) else key: value
-        for key, value in state_dict.items()
-    }
-    state_dict.clear()  # torch hands over the very dictionary that it reads on
-    state_dict.update(renamed)
+@dataclass
+class Renaming:
+    """A hook around a state dict; a class, for a closure could not go to a process that is spawned."""
+
+    name_of: Callable[[nn.Module, str], str]
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Renames the tensors of a module in the very dictionary that torch hands over, and reads on."""
+        renamed = {
+            prefix + self.name_of(module, key.removeprefix(prefix)) if key.startswith(prefix) else key: value
+            for key, value in state_dict.items()
+        }
+        state_dict.clear()
+        state_dict.update(renamed)

@@ -94,11 +94,16 @@ def writing_model(model: Any) -> Any:
     return model.eval()
 
 
+#: Kinds of models whose attention sees every earlier token, as far as no window is set.
+PLAIN_ATTENTION = ("gpt2", "gpt_neox", "gptj", "llama", "mistral", "phi", "qwen2", "qwen3")
+
+
 def causal_mask(model: Any, seen: Tensor) -> Tensor:
     """What a language model may attend to in training, in the form that its attention takes.
 
     transformers makes the same of ``seen`` but looks at its values first, to leave the mask out where nothing is
-    padded, and waits for the device to do so. Only the attention of torch (``sdpa``) takes the finished mask.
+    padded, and waits for the device to do so. Only the attention of torch (``sdpa``) takes the finished mask, and only
+    that of models which attend to all earlier tokens and read nothing else from it; all others go the usual way.
 
     Args:
         model: Of transformers.
@@ -107,7 +112,9 @@ def causal_mask(model: Any, seen: Tensor) -> Tensor:
     Returns:
         Shape (B, 1, L, L) bool, or (B, L) int64.
     """
-    if model.config._attn_implementation != "sdpa":
+    config = model.config
+    sees_all = config.model_type in PLAIN_ATTENTION and getattr(config, "sliding_window", None) is None
+    if config._attn_implementation != "sdpa" or not sees_all:
         return seen.long()
     earlier = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool, device=seen.device).tril()
     return seen[:, None, None, :] & earlier
