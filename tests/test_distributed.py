@@ -27,7 +27,7 @@ def load_script(path):
 
 loss_ranks = load_script(SCRIPT)
 
-pytestmark = pytest.mark.xdist_group("launches")
+pytestmark = [pytest.mark.xdist_group("launches"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

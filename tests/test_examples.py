@@ -52,6 +52,7 @@ def test_an_encoder_of_ones_own_is_aligned_by_one_override(tmp_path: Path) -> No
     assert max(losses[-5:]) < min(losses[:5])
 
 
+@pytest.mark.slow
 def test_a_branch_of_ones_own_is_aligned_by_one_override_and_taken_away(tmp_path: Path) -> None:
     assert len(run("custom_branch.py", tmp_path, *UNWATCHED)) == 20
     checkpoint = tmp_path / "checkpoints/last.ckpt"

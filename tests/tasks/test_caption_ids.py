@@ -47,6 +47,7 @@ def same(found: Any, expected: dict[str, Any]) -> None:
         assert torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clipcap", "llava"])
 def test_a_worker_that_is_spawned_makes_the_ids_of_the_captioner(kind: str) -> None:
     made = task(kind)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from host_syncs import CountSyncs, HostSyncs
 from tiny_encoders import routed
+from tiny_pipelines import build
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
-from gmail_lightning.models import ClipCap, FullCopy, Llava, ModalityEncoder, OpenCLIPEncoder
+from gmail_lightning.models import ClipCap, DiffusersGenerator, FullCopy, Llava, ModalityEncoder, OpenCLIPEncoder
 from gmail_lightning.tasks import (
     AlignmentTask,
     BaseTask,
@@ -20,6 +21,7 @@ from gmail_lightning.tasks import (
     LinearProbeTask,
     LongRetrievalTask,
     RetrievalTask,
+    TextToImageTask,
     ZeroShotClassificationTask,
 )
 
@@ -80,6 +82,17 @@ def test_a_training_step_reads_nothing(
     settings: dict[str, Any] = {"max_steps": 2, "limit_val_batches": 0, "log_every_n_steps": 50}
     quiet_trainer(tmp_path, callbacks=[counted], gradient_clip_val=1.0, **settings).fit(
         task, emoji_data(mode=mode, **share) if share else emoji_data(mode=mode, generated_fraction=None)
+    )
+    assert counted.found == []
+
+
+@pytest.mark.slow
+def test_a_training_step_of_a_generator_reads_nothing(tmp_path: Path) -> None:
+    """Of Stable Diffusion; transformers itself looks at the mask of the T5 that pixel-space pipelines have."""
+    generator = DiffusersGenerator(str(build("sd", tmp_path / "sd")), num_inference_steps=2)
+    counted = CountSyncs()
+    quiet_trainer(tmp_path, callbacks=[counted], max_steps=2, limit_val_batches=0, log_every_n_steps=50).fit(
+        TextToImageTask(generator, train_text_encoder=True), emoji_data(batch_size=4)
     )
     assert counted.found == []
 

@@ -11,7 +11,10 @@ SCRIPT = Path(__file__).with_name("damaged_images.py")
 MEMORY = 1500  # MiB, of which the imports take some 690
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=[pytest.mark.published, pytest.mark.slow])])
+@pytest.mark.parametrize(
+    "count",
+    [pytest.param(60, marks=pytest.mark.slow), pytest.param(10_000, marks=[pytest.mark.published, pytest.mark.slow])],
+)
 def test_damaged_images_give_pixels_or_the_error(count: int) -> None:
     done = subprocess.run([sys.executable, SCRIPT, str(count)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
