@@ -6,8 +6,6 @@ images pass the tower alone. In Python, import this file first, for a checkpoint
     encoder = ModalityEncoder.from_checkpoint(".../checkpoints/last.ckpt")
 """
 
-from collections.abc import Iterator
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,9 +29,6 @@ class Bottleneck(Branch):
     def encode_image(self, image: Tensor) -> Tensor:
         features = self.tower.encode_image(image)
         return features + self.up(F.gelu(self.down(features)))
-
-    def modules_behind(self, block: int) -> Iterator[nn.Module]:
-        return iter((self,))  # the map is behind the tower: no patch token passes it
 
     @property
     def settings(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gmail_lightning.command.main import main
 from gmail_lightning.command.recipes import recipes_folder
 from gmail_lightning.datasets import EmojiDataset
-from gmail_lightning.models import ModalityEncoder
+from gmail_lightning.models import ModalityEncoder, OpenCLIPEncoder
 from gmail_lightning.transforms import resize
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -89,5 +89,6 @@ def test_a_branch_of_ones_own_starts_as_the_plain_tower_and_alone_trains() -> No
     features.square().sum().backward()
     trained = {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
     assert trained == {f"branch.{name}.{part}" for name in ("down", "up") for part in ("weight", "bias")}
+    encoder = ModalityEncoder(OpenCLIPEncoder(pretrained="emoji"), branch=Bottleneck(8))
     encoder.freeze_behind(0)  # a loss on patch tokens does not reach the map
     assert not any(parameter.requires_grad for parameter in encoder.parameters())

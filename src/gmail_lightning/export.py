@@ -14,7 +14,7 @@ from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint
 from gmail_lightning.models.branches.first_edition import converted
 from gmail_lightning.models.branches.lora import lora_blocks, merged_state
 from gmail_lightning.models.branches.modality import ModalityEncoder
-from gmail_lightning.models.branches.record import KEY, build_encoder
+from gmail_lightning.models.branches.record import KEY, build_encoder, newest_checkpoint
 from gmail_lightning.models.encoders.open_clip import OpenCLIPEncoder, save_open_clip
 from gmail_lightning.models.weights import plain_names
 
@@ -36,7 +36,7 @@ def export_checkpoint(
     is.
 
     Args:
-        checkpoint: Lightning checkpoint of a task.
+        checkpoint: Lightning checkpoint of a task, or a folder: the newest ``checkpoints/last.ckpt`` below it.
         out: Folder to write; it must be new or empty.
         to: Form of the export.
         branch: Branch of the image tower.
@@ -55,6 +55,8 @@ def export_checkpoint(
         raise FileExistsError(f"{folder} exists and is not empty: give a new folder.")
     if branch not in ("generated", "real"):
         raise ValueError(f"branch={branch!r}: give generated or real.")
+    if Path(checkpoint).is_dir():
+        checkpoint = newest_checkpoint(checkpoint) or checkpoint
     plain, state = _merged(checkpoint, encoder, branch)
     state = {
         key: value.to(getattr(torch, dtype)) if value.is_floating_point() else value for key, value in state.items()

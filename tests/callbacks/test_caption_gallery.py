@@ -101,6 +101,7 @@ def test_every_image_is_shown_with_its_own_texts_at_every_validation(tmp_path: P
             np.testing.assert_array_equal(card["image"], rows[key]["pixels"])
 
 
+@pytest.mark.slow
 def test_the_choice_spreads_over_the_set_and_keeps_pairs_together(tmp_path: Path) -> None:
     first = validate(tmp_path / "1", EchoTask(), CaptionGallery(num_images=16), eval_batch_size=128)
     again = validate(tmp_path / "2", EchoTask(), CaptionGallery(num_images=16), eval_batch_size=7)
@@ -196,6 +197,7 @@ def test_names_questions_and_features_in_place_of_pixels(tmp_path: Path) -> None
     assert [card["li"] for card in page.cards] == [["x"], [], ["z"]]
 
 
+@pytest.mark.slow
 def test_a_test_has_pages_of_its_own_and_a_trial_none(tmp_path: Path) -> None:
     sets = {hand: [EmojiDataset(hand, "novel")] for hand in HANDS}
     data = MixedModalityDataModule(test=sets, eval_batch_size=100)

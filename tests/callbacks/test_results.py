@@ -48,6 +48,7 @@ def read(file: Path) -> Any:
     return json.loads(file.read_text(), parse_constant=refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric Scores was called before")
 def test_a_fit_writes_and_shows_what_is_missing_and_why(tmp_path: Path, caplog: Any) -> None:
     told = logging.getLogger("lightning.pytorch.utilities.rank_zero")

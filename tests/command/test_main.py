@@ -68,6 +68,7 @@ def test_fit_fills_the_run_folder(run: Path) -> None:
     assert {"train/loss", "val/novel/g2r_R@1", "val/paired/g2r_R@1"} <= set(header)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_command_line_needs_no_arguments(run: Path) -> None:
     path = run / "checkpoints/last.ckpt"
     settings = torch.load(path, weights_only=True)["hyper_parameters"]["encoder"]
@@ -133,8 +134,8 @@ def test_null_stays_null_at_any_depth(given: list[str], printed: str, capsys: py
         (["--data.init_args.batchsize", "3"], "Did you mean 'batch_size'"),
         (["--trainer.max_stps", "3"], "Did you mean 'max_steps'"),
         (["--modle.x", "3"], "Did you mean 'model'"),
-        (["--model.init_args.rank", "3"], "'rank' is of the encoder now: --model.encoder ModalityEncoder around"),
-        (["--model.init_args.aligned", "runs/a"], "plain one, --model.encoder.aligned."),
+        (["--model.init_args.rank", "3"], "'rank' is now of the branch of the router that model.encoder is"),
+        (["--model.init_args.aligned", "runs/a"], "a ModalityEncoder: --model.encoder.aligned."),
     ],
 )
 def test_a_misspelt_name_is_answered_with_the_known_ones(
@@ -197,6 +198,7 @@ def with_data(verb: str, absent: list[str], kind: str = "MixedModalityDataModule
     return status([verb, "--config", "own.yaml", "--allow_untrained", "true"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", READ)
 def test_only_what_the_verb_reads_is_built(verb: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert with_data(verb, [name for name in HELD if name not in READ[verb]]) == 0
@@ -212,6 +214,7 @@ def test_test_reads_the_sets_of_val_where_it_has_none_of_its_own() -> None:
     assert with_data("test", ["val"], test=None) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verb", "code"), [("fit", 3), ("validate", 0), ("test", 0), ("predict", 0)])
 def test_only_what_the_verb_reads_is_built_beside_a_stream(verb: str, code: int) -> None:
     assert with_data(verb, [], "StreamingDataModule") == code

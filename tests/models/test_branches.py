@@ -28,6 +28,7 @@ from gmail_lightning.models import (
 from gmail_lightning.models.branches.routing import ModalityIndex
 from gmail_lightning.models.chunks import in_chunks
 from gmail_lightning.tasks import AlignmentTask, EmbeddingTask, LinearProbeTask, RetrievalTask
+from gmail_lightning.testing import check_branch
 
 MODALITY = torch.tensor([0, 1, 1, 0, 1])
 
@@ -299,3 +300,59 @@ def test_rows_of_three_kinds_stand_in_one_batch(image: Tensor) -> None:
     assert task.reader.width(task.encoder) == 3
     with pytest.raises(TypeError, match="PooledFeatures reads pixels, and the batch holds token ids"):
         EmbeddingTask(tiny_encoder()).encode_images(batch)
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_our_branches_and_one_of_ones_own_pass_the_checks(kind: str) -> None:
+    check_branch(BRANCHES[kind](), tiny_encoder())
+
+
+class Wrong(Bottleneck):
+    """Every fault in turn."""
+
+    fault = ""
+
+    def attach(self, encoder: ImageEncoder) -> None:
+        super().attach(encoder)
+        if self.fault == "start":
+            nn.init.ones_(self.up.bias)
+        if self.fault == "unused":
+            self.idle = nn.Linear(2, 2)
+        if self.fault == "hidden":
+            self.hidden = [torch.randn(())]
+        if self.fault == "real":
+            encoder.model.visual.proj.data.add_(0.1)
+        if self.fault == "thaws":
+            encoder.model.visual.proj.requires_grad_(True)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        features = super().encode_image(image)
+        if self.fault == "width":
+            return features[:, :4]
+        return features + self.hidden[0] * self.up.weight.mean() if self.fault == "hidden" else features
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"widths": 3} if self.fault == "settings" else super().settings
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("start", "at first it sees generated images otherwise"), ("unused", "2 of its tensors get no gradient"),
+        ("hidden", "built again from settings and state it answers otherwise"), ("width", r"returns shape \(3, 4\)"),
+        ("real", "real images are seen otherwise"), ("thaws", "gets a gradient, and is no tensor of the branch"),
+        ("settings", "the class with its own settings raises TypeError"),
+    ],
+)  # fmt: skip
+def test_a_faulty_branch_is_told_its_fault(fault: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Wrong, "fault", fault)
+    with pytest.raises(AssertionError, match=sentence):
+        check_branch(Wrong(), tiny_encoder())
+
+
+def test_a_branch_belongs_to_one_encoder() -> None:
+    branch = LoRA(rank=2)
+    ModalityEncoder(tiny_encoder(), branch=branch)
+    with pytest.raises(ValueError, match="belongs to another encoder already"):
+        ModalityEncoder(tiny_encoder(), branch=branch)

@@ -212,6 +212,7 @@ class Answering(ClipCap):
         return ["B. a thing"] * len(image_features)
 
 
+@pytest.mark.slow
 def test_multiple_choice_questions_are_scored_by_their_letter(tmp_path: Path) -> None:
     answering = Answering(16, GPT2, "emoji", prefix_length=2)
     made, asked = task(captioner=answering), []
@@ -325,6 +326,7 @@ def test_the_frozen_language_model_is_looked_at_once_per_run_and_in_full(
     assert weights_difference(before, frozen_weights(made.captioner)) is not None
 
 
+@pytest.mark.slow
 def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path: Path) -> None:
     made, modes = task(), []
     loss, generate = made.captioner.loss, made.captioner.generate

@@ -22,8 +22,8 @@ exit status: 0 done, 2 bad configuration, 3 a problem of the data,
 """
 
 
-_ROUTER = "--model.encoder ModalityEncoder around the plain one, --model.encoder."
-_BRANCH = f"{_ROUTER}branch LoRA, --model.encoder.branch."
+_ROUTER = "of the router that model.encoder is, a ModalityEncoder: --model.encoder."
+_BRANCH = "of the branch of the router that model.encoder is, a ModalityEncoder: --model.encoder.branch."
 #: Arguments that tasks took in the first edition, and where they are now.
 MOVED = {
     **{name: f"{_BRANCH}{name}" for name in ("rank", "alpha", "targets")},
@@ -39,7 +39,8 @@ MOVED = {
             "train_adapters",
         )
     },
-    "layer": "--model.reader PatchTokens, --model.reader.layer",
+    "layer": "what a reader says: --model.reader PatchTokens --model.reader.layer",
+    "feature_layer": "what the captioner's reader says: --model.captioner.reader PatchTokens",
 }
 
 
@@ -50,7 +51,7 @@ def hint(message: str) -> str:
     if options := re.findall(r"Option '([^']+)' is not accepted", message):
         owner = re.findall(r"class_path '([^']+)'", message[: message.rindex("Option '")])
         if options[-1] in MOVED and owner and owner[-1].startswith("gmail_lightning.tasks."):
-            return f"\n{options[-1]!r} is of the encoder now: {MOVED[options[-1]]}."
+            return f"\n{options[-1]!r} is now {MOVED[options[-1]]}."
         if owner:
             cls = import_class(owner[-1])
             return _advice(options[-1], f"{cls.__name__} accepts", _parameters(cls)) if cls else ""

@@ -122,14 +122,12 @@ class CaptioningTask(EncoderTask):
             )
         if text_noise is None:
             return
-        if self.encoder.text_spec is not None:
-            require_text(self.encoder, "text_noise trains on texts")
+        require_text(self.encoder, "text_noise trains on text features in place of image features")
         if self.trained_adapters:
             raise ValueError("text_noise trains on texts, which reach no adapter: leave train_adapters out.")
-        if not isinstance(self.reader, PooledFeatures) or self.encoder.text_spec is None:
+        if not isinstance(self.reader, PooledFeatures):
             raise ValueError(
-                "text_noise trains on text features in place of pooled image features: it needs an encoder with a text "
-                f"tower and a captioner of pooled features, not {encoder} and {name}."
+                f"text_noise trains on text features: it needs a captioner of pooled features, not {name}."
             )
 
     @staticmethod

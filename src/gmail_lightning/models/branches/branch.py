@@ -24,7 +24,13 @@ class Branch(nn.Module, ABC):
     encoder: ImageEncoder
 
     def attach(self, encoder: ImageEncoder) -> None:
-        """Makes the tensors for this encoder, which is frozen and stays so. A router calls it once."""
+        """Makes the tensors for this encoder, which is frozen and stays so. A router calls it once.
+
+        Raises:
+            ValueError: If the branch belongs to an encoder already.
+        """
+        if "encoder" in self.__dict__:
+            raise ValueError(f"This {type(self).__name__} belongs to another encoder already: make a branch for each.")
         self.__dict__["encoder"] = encoder  # not a part of this module: it is the router's
 
     @property

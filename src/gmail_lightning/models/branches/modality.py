@@ -117,7 +117,7 @@ class ModalityEncoder(WrappedEncoder):
         self.real_projection = Projection(encoder.embed_dim) if two_sided else None
         self.text_side_projection = Projection(encoder.embed_dim) if text_side == "projection" else None
         open_text_side(encoder, text_side, text_rank, self.text_targets)
-        for name, parameter in self.image_adapters():
+        for _, parameter in self.image_adapters():
             parameter.requires_grad_(parameter.requires_grad and self.train_adapters)
         if aligned is not None and self.real_projection is not None:  # as the alignment left it, whatever else trains
             self.real_projection.requires_grad_(False)
@@ -284,7 +284,7 @@ class ModalityEncoder(WrappedEncoder):
         """Loads the encoder out of the checkpoint of a task, in eval mode and on the CPU.
 
         Args:
-            path: A Lightning checkpoint of this library.
+            path: A Lightning checkpoint of this library, or a folder: the newest ``checkpoints/last.ckpt`` below it.
             encoder: The plain encoder that the task was trained on, adapted in place; by default it is built as the
                 command line recorded it.
 

@@ -62,13 +62,15 @@ class BranchRecord(NamedTuple):
 
 
 def read_branches(path: str | Path) -> BranchRecord:
-    """Reads the adapters of a checkpoint: of an alignment, or of a task that went on from one.
+    """Reads the adapters of a checkpoint, or of the newest below a folder: of an alignment, or of what followed one.
 
     Raises:
         ValueError: If there is no such file, or it holds no branches of a ``ModalityEncoder``.
     """
+    if Path(path).is_dir():
+        path = newest_checkpoint(path) or path
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint.")
+        raise ValueError(f"{path}: no such checkpoint, and no checkpoints/last.ckpt below it.")
     content = converted(torch.load(path, map_location="cpu", weights_only=True))
     base = content.get("base_fingerprint")
     if base is None or KEY not in content:

@@ -87,7 +87,8 @@ class OpenCLIPEncoder(DualEncoder):
         if sum(source is not None for source in (model_name, folder, config)) != 1:
             raise ValueError(
                 "OpenCLIPEncoder needs exactly one description of the model: model_name, config, or a folder in "
-                f"pretrained; got model_name={model_name!r}, pretrained={pretrained!r}, config={config!r}."
+                f"pretrained; got model_name={model_name!r}, pretrained={pretrained!r}, config={config!r}. "
+                "Set the others to null."
             )
         reference = f"local-dir:{folder.resolve()}" if folder else model_name
         model_config = deepcopy(config) if config is not None else read_model_config(cast(str, reference))
