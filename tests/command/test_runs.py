@@ -486,6 +486,7 @@ def test_a_state_of_one_file_per_rank_takes_the_place_of_the_one_before(tmp_path
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_the_last_state_knows_of_the_validation_at_its_step(tmp_path: Path) -> None:
     """The state of the last step is saved within the epoch, and once more when its validation is over."""
     seen = []

@@ -124,6 +124,7 @@ def assert_same(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> No
 
 
 # 22 pairs, batches of 4: 5 batches an epoch. Checkpoints after 2 batches of an epoch, at its end, and beyond it.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "stop", "workers"),
     [("paired", 2, 0), ("paired", 5, 0), ("paired", 5, 1), ("paired", 7, 0), ("paired", 7, 1), ("mixture", 7, 0)],

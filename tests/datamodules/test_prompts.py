@@ -78,6 +78,7 @@ def test_no_batch_holds_two_shards() -> None:
     assert [b["caption"] for b in batches] == [[str(i) for i in b["row"]] for b in batches]
 
 
+@pytest.mark.slow
 def test_keys_of_a_million_prompts_are_arrays() -> None:
     numbers = np.arange(1_000_000, dtype=np.uint64) * np.uint64(2**44 + 1)
     from gmail_lightning.generation.images.image_names import image_keys

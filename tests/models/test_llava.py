@@ -260,6 +260,7 @@ def test_long_answers_are_cut_and_counted_and_none_is_masked_as_a_whole() -> Non
     assert llava(max_length=prompt).generate(image_tokens(1), max_new_tokens=2) is not None
 
 
+@pytest.mark.slow
 def test_stages_lora_and_files(tmp_path: Path, folder: Path) -> None:
     first = Llava(str(folder), tune="projector")
     with torch.no_grad():
@@ -292,6 +293,7 @@ def test_stages_lora_and_files(tmp_path: Path, folder: Path) -> None:
         Llava(str(folder), projector=str(checkpoint))
 
 
+@pytest.mark.slow
 def test_a_directory_in_half_precision_keeps_rotary_frequencies_and_projector(folder: Path) -> None:
     plain, half = Llava(str(folder)), Llava(str(folder), dtype="bfloat16")
     assert {p.dtype for p in half.language_model.parameters()} == {torch.bfloat16}

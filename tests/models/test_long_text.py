@@ -187,6 +187,7 @@ def test_another_encoder_is_refused(tiny) -> None:
         stretch_context(tiny(), 250, keep=8)
 
 
+@pytest.mark.slow
 def test_published_long_clip_weights_load(tmp_path: Path) -> None:
     """A synthetic state dict of the public layout: 20 rows of one table count, 228 of the other."""
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ def randomise(encoder: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", ["image", "text"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_is_the_merged_model_is_w_plus_ba(tiny: Callable[..., DualEncoder], pixels, kind: str, tower) -> None:

@@ -147,6 +147,7 @@ def test_a_class_that_is_imported_is_built() -> None:
     assert isinstance(build_encoder(recorded["encoder"], "a.ckpt", ModalityEncoder), OpenCLIPEncoder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [WRAPPERS["ddp"], WRAPPERS["compiled"], WRAPPERS["both"]])
 @pytest.mark.parametrize("kind", ["one file", "several", "torch"])
 def test_folders_of_transformers_load_wrapped_weights(tmp_path: Path, wrap, kind: str, hf_tokenizer: str) -> None:

@@ -87,6 +87,7 @@ def test_contrastive_chunks_of_a_task_equal_the_whole_batch() -> None:
         torch.testing.assert_close(one, chunked, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_trainables_and_the_base_only(tmp_path: Path) -> None:
     task = AlignmentTask(ModalityEncoder(tiny(), branch=LoRA(rank=2)))
     run = trainer(tmp_path)
@@ -122,6 +123,7 @@ def test_accumulation_by_a_callback_is_refused_too(tmp_path: Path) -> None:
         trainer(tmp_path, callbacks=[GradientAccumulationScheduler({0: 1, 5: 4})]).fit(AlignmentTask(tiny()), pairs())
 
 
+@pytest.mark.slow
 def test_running_statistics_of_a_trained_tower_survive_a_checkpoint(tmp_path: Path) -> None:
     config = {**TINY, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}}
     torch.manual_seed(0)
@@ -137,6 +139,7 @@ def test_running_statistics_of_a_trained_tower_survive_a_checkpoint(tmp_path: Pa
         assert torch.equal(again.encoder.encode_image(image), task.eval().encoder.encode_image(image))
 
 
+@pytest.mark.slow
 def test_a_partly_frozen_encoder_leans_on_its_frozen_tower_alone(tmp_path: Path) -> None:
     task = RetrievalTask(tiny())
     for name, p in task.encoder.plain.model.named_parameters():
@@ -232,6 +235,7 @@ class Data(MixedModalityDataModule):
         self.save_hyperparameters()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Mine, Saving])
 def test_no_live_argument_lands_in_a_checkpoint(tmp_path: Path, kind: type[Mine]) -> None:
     head = nn.Linear(2, 2).requires_grad_(False)

@@ -49,6 +49,7 @@ def evaluation_batch(data: MixedModalityDataModule, made: CaptioningTask, folder
     return seen[0]
 
 
+@pytest.mark.slow
 def test_loss_is_the_captioners_on_each_branch(aligned: Any, tmp_path: Path) -> None:
     made = task(as_aligned(aligned)).eval()
     batch = evaluation_batch(emoji_data(), made, tmp_path)
@@ -152,6 +153,7 @@ def test_fit_on_cached_features_equals_fit_on_pixels(aligned: Any, tmp_path: Pat
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_captioner_and_adapters_and_writes_the_same(aligned: Any, tmp_path: Path) -> None:
     made, data = task(as_aligned(aligned)), emoji_data()
     trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0)

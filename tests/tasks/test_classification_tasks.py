@@ -70,6 +70,7 @@ def counted(scores: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_evaluation_equals_a_loop_for_each_modality(aligned, tmp_path) -> None:
     task = ZeroShotClassificationTask(ModalityEncoder(tiny_encoder(), aligned=str(aligned.path), text_side="frozen"))

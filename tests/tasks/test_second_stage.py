@@ -47,6 +47,7 @@ def test_without_alignment_generated_images_are_taken_as_real(image) -> None:
         assert torch.equal(task.encoder.encode_image(image, torch.ones(5, dtype=torch.long)), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("side", "train_adapters", "moved"),
     [
@@ -138,6 +139,7 @@ def test_refusals(aligned, tmp_path) -> None:
         LinearProbeTask(ModalityEncoder(tiny_encoder(), aligned=aligned.path))
 
 
+@pytest.mark.slow
 def test_a_later_stage_is_no_alignment(aligned, fitted, tmp_path) -> None:
     """Its own text side would be dropped, or it has no branch at all: said, not done."""
     for number, (start, match) in enumerate([(None, "no branch for generated images"), (str(aligned.path), "dropped")]):
@@ -250,6 +252,7 @@ def test_a_schedule_of_another_length_than_the_run_is_told(fitted, recwarn) -> N
     assert run(1) == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_says_which_alignment_it_took(aligned, tmp_path: Path) -> None:
     recorded = torch.load(aligned.path, weights_only=True)
     digest = hashlib.sha256()

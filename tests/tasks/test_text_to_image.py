@@ -71,6 +71,7 @@ def rows(task: TextToImageTask, count: int = 5) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "gamma"), [("sd", None), ("sd", 5.0), ("pixel", 5.0), ("pixel", None)])
 def test_the_loss_is_the_one_worked_out_by_hand(
     folders: dict[str, Path], kind: str, gamma: float | None, monkeypatch: pytest.MonkeyPatch

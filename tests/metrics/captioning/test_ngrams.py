@@ -50,6 +50,7 @@ def captions(rng: random.Random, vocabulary: int, lengths: Sequence[int], odd: b
     return draw
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize("vocabulary", [2, 20, 2000])
 def test_random_corpora(vocabulary: int, odd: bool) -> None:
@@ -82,6 +83,7 @@ def test_one_image_and_images_without_any_answer(hypothesis: str, references: li
     assert_equal_floats(["", ""], [references, ["two cats", "a cat"]])
 
 
+@pytest.mark.slow
 def test_hypotheses_longer_than_a_machine_word() -> None:
     rng = random.Random(0)
     draw = captions(rng, 9, [1, 62, 63, 64, 65, 66, 130])

@@ -43,6 +43,7 @@ def test_images_are_those_of_plain_diffusers(folders: dict[str, Path], kind: str
     assert len(images.image.flatten(1).unique(dim=0)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_depends_on_its_prompt_and_seed_alone(folders: dict[str, Path], kind: str) -> None:
     generator = make(folders[kind])
@@ -108,12 +109,14 @@ def test_pixel_space_pipelines_read_lower_case(folders: dict[str, Path], monkeyp
     assert seen == [["a cat"]] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "limit"), [("sd", 20), ("sdxl", 20), ("sd3", 77), ("pixel", 77)])
 def test_truncated_prompts_are_marked(folders: dict[str, Path], kind: str, limit: int) -> None:
     fits, cut = "x " * (limit - 2), "x " * (limit - 1)  # a start and an end besides
     assert make(folders[kind]).truncated([fits, cut, "x"]) == [False, True, False]
 
 
+@pytest.mark.slow
 def test_the_recipe_names_what_images_depend_on(folders: dict[str, Path], tmp_path: Path) -> None:
     described = make(folders["sd"], negative_prompt="x", options={"eta": 0.5}).describe()
     assert {k: described[k] for k in ("generator", "pipeline", "scheduler", "steps", "guidance", "dtype")} == {
@@ -143,6 +146,7 @@ def test_fresh_parts_have_random_weights(folders: dict[str, Path]) -> None:
     assert torch.equal(generator.part("vae").decoder.conv_out.weight, stored.part("vae").decoder.conv_out.weight)
 
 
+@pytest.mark.slow
 def test_text_and_pixels_are_encoded_as_the_pipeline_does(folders: dict[str, Path]) -> None:
     for kind in ("sd", "pixel"):
         generator = make(folders[kind])
@@ -161,6 +165,7 @@ def test_text_and_pixels_are_encoded_as_the_pipeline_does(folders: dict[str, Pat
     assert torch.equal(make(folders["pixel"]).encode_pixels(image), image * 2 - 1)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Unknown scheduler 'Nothing'.*DDIMScheduler"):
         make(folders["sd"], scheduler="Nothing")
