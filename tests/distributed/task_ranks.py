@@ -28,8 +28,8 @@ from gmail_lightning.metrics import (
     ModalityGap,
     MultipleChoice,
     ZeroShotAccuracy,
-    meteor,
 )
+from gmail_lightning.metrics.captioning import meteor
 from gmail_lightning.models import ClipCap, LoRA, ModalityEncoder, OpenCLIPEncoder
 from gmail_lightning.tasks import AlignmentTask, CaptioningTask, EmbeddingTask
 
