@@ -12,7 +12,7 @@ from gmail_lightning.datasets.store_files import FEATURES, PARTS, RECORD, ROWS, 
 from gmail_lightning.generation.errors import FolderError
 from gmail_lightning.generation.parts import Difference, Parts, Record, first_difference
 from gmail_lightning.generation.rows import images_digest
-from gmail_lightning.generation.whole_files import is_temporary, temporary, write_record, write_table
+from gmail_lightning.generation.whole_files import remove_temporary, temporary, write_record, write_table
 
 
 class ArrayStore:
@@ -65,8 +65,7 @@ class ArrayStore:
         if difference is not None or read_record(self.folder) is not None:
             self._clear()
         self.parts.open()
-        for path in filter(is_temporary, list(self.folder.iterdir())):
-            path.unlink(missing_ok=True)
+        remove_temporary(self.folder)
         return self.parts.missing()
 
     def _refuse_folder(self, difference: str | None) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gmail_lightning.datasets.store_files import RECORD, read_record
-from gmail_lightning.generation.whole_files import is_temporary, whole_file, write_record
+from gmail_lightning.generation.whole_files import remove_temporary, whole_file, write_record
 
 ROW_ID = "row_id"
 PART_BYTES = 2**26  # most of a part, where one batch is less
@@ -50,8 +50,7 @@ class Parts:
     def open(self) -> None:
         """Makes the folder ready for this record, and removes what killed processes were writing."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in filter(is_temporary, list(self.folder.iterdir())):
-            path.unlink(missing_ok=True)
+        remove_temporary(self.folder)
         write_record(self.folder / RECORD, self.record)
 
     def difference(self, compare: Difference) -> str | None:

@@ -26,6 +26,12 @@ def is_temporary(path: Path) -> bool:
     return TEMPORARY in path.name
 
 
+def remove_temporary(folder: Path) -> None:
+    """Removes what killed processes were writing."""
+    for path in filter(is_temporary, list(folder.iterdir())):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file to write; after the block it is on the disk under its name, or, after an error, nowhere."""
