@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 #: What reads a value, or needs one to know a shape.
 READS = {
-    "item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__len__bool", "nonzero",
-    "equal", "allclose", "masked_select", "unique", "unique_consecutive", "argwhere", "is_nonzero", "__contains__",
-    "bincount", "repeat_interleave",
+    "item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "argwhere", "equal",
+    "allclose", "is_nonzero", "masked_select", "masked_scatter", "masked_scatter_", "unique", "unique_consecutive",
+    "__contains__", "bincount", "repeat_interleave",
 }  # fmt: skip
 
 

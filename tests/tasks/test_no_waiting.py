@@ -102,7 +102,8 @@ def test_a_training_step_of_a_generator_reads_nothing(tmp_path: Path) -> None:
     [
         lambda x: (2 * x).sum().item(), lambda x: x.tolist(), lambda x: bool((x > 0).any()), lambda x: x[x > 0],
         lambda x: (x > 0).nonzero(), lambda x: torch.equal(x, x), lambda x: float(x[0]), lambda x: x.cpu(),
-        lambda x: x.to("cpu"), lambda x: x.masked_select(x > 0), lambda x: x.unique(), lambda x: x.clone().numpy(),
+        lambda x: x.to("cpu"), lambda x: x.masked_select(x > 0),
+        lambda x: x.masked_scatter(x > 0, x), lambda x: x.unique(), lambda x: x.clone().numpy(),
     ],
 )  # fmt: skip
 def test_what_waits_is_found(waits: Callable[[torch.Tensor], Any]) -> None:
