@@ -14,7 +14,7 @@ from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint
 from gmail_lightning.models.branches.first_edition import converted
 from gmail_lightning.models.branches.lora import lora_blocks, merged_state
 from gmail_lightning.models.branches.modality import ModalityEncoder
-from gmail_lightning.models.branches.record import KEY, build_encoder, newest_checkpoint
+from gmail_lightning.models.branches.record import KEY, build_encoder, find_checkpoint
 from gmail_lightning.models.encoders.open_clip import OpenCLIPEncoder, save_open_clip
 from gmail_lightning.models.weights import plain_names
 
@@ -55,9 +55,7 @@ def export_checkpoint(
         raise FileExistsError(f"{folder} exists and is not empty: give a new folder.")
     if branch not in ("generated", "real"):
         raise ValueError(f"branch={branch!r}: give generated or real.")
-    if Path(checkpoint).is_dir():
-        checkpoint = newest_checkpoint(checkpoint) or checkpoint
-    plain, state = _merged(checkpoint, encoder, branch)
+    plain, state = _merged(find_checkpoint(checkpoint) or checkpoint, encoder, branch)
     state = {
         key: value.to(getattr(torch, dtype)) if value.is_floating_point() else value for key, value in state.items()
     }

@@ -163,10 +163,15 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
     class Live(LoRA):
         @property
         def settings(self) -> dict[str, Any]:
-            return {"where": Path("a")}
+            return {"rank": 4, "where": [Path("a"), held]}
 
-    with pytest.raises(ValueError, match=r"Live.settings\['where'\] is a PosixPath"):
+    held: Any = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"Live.settings\['where'\] is a list"):
         ModalityEncoder(tiny_encoder(), branch=Live())
+    held = 2
+    record = ModalityEncoder(tiny_encoder(), branch=Live()).record()
+    assert record is not None
+    assert record["branch"]["init_args"] == {"rank": 4, "where": ["a", 2]}
     plain = {"branches": {"branch": None, "real_path": "frozen", "projection": False}}
     with restoring(plain), pytest.raises(ValueError, match="the checkpoint that is loaded has no branch"):
         ModalityEncoder(tiny_encoder(), aligned="runs/gone")

@@ -5,47 +5,21 @@ from __future__ import annotations
 import inspect
 import io
 from collections.abc import Mapping, Sequence
-from enum import Enum
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self, cast
 
-import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from torch import Tensor
 
 from gmail_lightning.models.branches.adapters import adapter_ids
 from gmail_lightning.models.branches.first_edition import EDITION, converted
 from gmail_lightning.models.branches.record import check_classes
+from gmail_lightning.models.plain_values import LIVE, plain_value
 from gmail_lightning.models.restoring import restoring
 from gmail_lightning.models.weights import plain_names
-
-#: What ``torch.load(weights_only=True)`` reads back, by exact type: a subclass goes by the name of its class.
-PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device, torch.Size, Tensor)
-_LIVE = object()
-
-
-def _plain(value: Any) -> Any:
-    """The value as a checkpoint holds it: numbers, texts, tensors, and collections of them; else ``_LIVE``."""
-    if type(value) in PLAIN:
-        return value.detach() if isinstance(value, Tensor) else value
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if isinstance(value, (list, tuple)):
-        parts = [_plain(part) for part in value]
-        whole = all(part is not _LIVE for part in parts)
-        return (parts if isinstance(value, list) else tuple(parts)) if whole else _LIVE
-    if isinstance(value, Mapping):
-        items = [(_plain(key), _plain(part)) for key, part in value.items()]
-        return dict(items) if all(part is not _LIVE for item in items for part in item) else _LIVE
-    return _LIVE
 
 
 def _arguments(cls: type[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +72,7 @@ class SmallCheckpoints(LightningModule):
         if _given_hyperparameters.get() is not None:
             return super().save_hyperparameters(ignore=ignore, frame=frame, logger=logger)
         given = {name: value for part in args if isinstance(part, Mapping) for name, value in part.items()}
-        kept = {name: value for name, value in (self._arguments | given).items() if _plain(value) is not _LIVE}
+        kept = {name: value for name, value in (self._arguments | given).items() if plain_value(value) is not LIVE}
         return super().save_hyperparameters(kept, ignore=ignore, frame=frame, logger=logger)
 
     def _kept_keys(self) -> set[str]:
@@ -122,8 +96,8 @@ class SmallCheckpoints(LightningModule):
         checkpoint[EDITION] = 2
         for key in (self.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
             if isinstance(checkpoint.get(key), dict):
-                plain = {name: _plain(value) for name, value in checkpoint[key].items()}
-                checkpoint[key] = {name: value for name, value in plain.items() if value is not _LIVE}
+                plain = {name: plain_value(value) for name, value in checkpoint[key].items()}
+                checkpoint[key] = {name: value for name, value in plain.items() if value is not LIVE}
         kept = self._kept_keys()
         checkpoint["state_dict"] = plain_names({k: v for k, v in checkpoint["state_dict"].items() if k in kept})
 

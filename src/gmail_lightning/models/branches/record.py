@@ -17,6 +17,7 @@ from gmail_lightning.models.branches.adapters import adapter_keys
 from gmail_lightning.models.branches.branch import Branch
 from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
 from gmail_lightning.models.branches.first_edition import converted
+from gmail_lightning.models.plain_values import LIVE, plain_value
 from gmail_lightning.models.restoring import restored
 from gmail_lightning.models.weights import plain_names
 
@@ -67,19 +68,18 @@ def read_branches(path: str | Path) -> BranchRecord:
     Raises:
         ValueError: If there is no such file, or it holds no branches of a ``ModalityEncoder``.
     """
-    if Path(path).is_dir():
-        path = newest_checkpoint(path) or path
-    if not Path(path).is_file():
+    file = find_checkpoint(path)
+    if file is None:
         raise ValueError(f"{path}: no such checkpoint, and no checkpoints/last.ckpt below it.")
-    content = converted(torch.load(path, map_location="cpu", weights_only=True))
+    content = converted(torch.load(file, map_location="cpu", weights_only=True))
     base = content.get("base_fingerprint")
     if base is None or KEY not in content:
-        raise ValueError(f"{path}: no branches of an encoder in it. Give a checkpoint of an alignment task.")
+        raise ValueError(f"{file}: no branches of an encoder in it. Give a checkpoint of an alignment task.")
     prefix = "encoder."
     held = plain_names(content["state_dict"])
     state = {k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)}
     recorded = content.get("hyper_parameters", {}).get("encoder")
-    return BranchRecord(Path(path), content[KEY], recorded, state, base, content.get("global_step"))
+    return BranchRecord(file, content[KEY], recorded, state, base, content.get("global_step"))
 
 
 def find_alignment(aligned: str) -> BranchRecord:
@@ -90,8 +90,8 @@ def find_alignment(aligned: str) -> BranchRecord:
     """
     if not isinstance(aligned, str):
         raise ValueError(f"aligned={aligned!r}: give a string, which a checkpoint can record.")
-    path = newest_checkpoint(aligned) if Path(aligned).is_dir() else Path(aligned)
-    if path is None or not path.exists():
+    path = find_checkpoint(aligned)
+    if path is None:
         raise ValueError(
             f"aligned={aligned!r}: no such checkpoint, and no checkpoints/last.ckpt below it. Run the alignment first, "
             "as the header of the recipe says, or give its checkpoint."
@@ -102,9 +102,11 @@ def find_alignment(aligned: str) -> BranchRecord:
     return found
 
 
-def newest_checkpoint(folder: str | Path) -> Path | None:
-    """Returns the newest ``checkpoints/last*.ckpt`` below a folder, None where there is none."""
-    return max(Path(folder).rglob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+def find_checkpoint(path: str | Path) -> Path | None:
+    """A checkpoint itself, or the newest ``checkpoints/last*.ckpt`` below a folder; None where there is none."""
+    if not Path(path).is_dir():
+        return Path(path) if Path(path).is_file() else None
+    return max(Path(path).rglob("checkpoints/last*.ckpt"), key=lambda found: found.stat().st_mtime, default=None)
 
 
 def restored_branches() -> dict[str, Any] | None:
@@ -159,26 +161,19 @@ def build_branch(recorded: dict[str, Any] | None, path: str | Path) -> Branch | 
 
 
 def plain_settings(branch: Branch) -> dict[str, Any]:
-    """The settings of a branch.
+    """The settings of a branch as a checkpoint holds them.
 
     Raises:
-        ValueError: If one is no plain value, so that no checkpoint could be read back.
+        ValueError: If one cannot be held.
     """
-    for name, value in branch.settings.items():
-        if not _is_plain(value):
+    settings = {name: plain_value(value) for name, value in branch.settings.items()}
+    for name, value in settings.items():
+        if value is LIVE:
             raise ValueError(
-                f"{type(branch).__name__}.settings[{name!r}] is a {type(value).__name__}: give numbers, strings, and "
-                "lists or dictionaries of them, which a checkpoint can hold."
+                f"{type(branch).__name__}.settings[{name!r}] is a {type(branch.settings[name]).__name__} that no "
+                "checkpoint can hold: give numbers, strings, and lists or dictionaries of them."
             )
-    return branch.settings
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) in (list, tuple):
-        return all(map(_is_plain, value))
-    if type(value) is dict:
-        return all(map(_is_plain, (*value, *value.values())))
-    return type(value) in (str, int, float, bool, type(None))
+    return settings
 
 
 def public_path(kind: type[Any]) -> str:

@@ -191,7 +191,7 @@ class Llava(Captioner):
         first = min(ids["caption_start"]) + num_patches - 1  # no logits are needed before the captions
         output = self.language_model(
             inputs_embeds=self._embed(inputs.ids, ids["caption_image_column"], image_features),
-            attention_mask=causal_mask(self.language_model, inputs.mask.to(image_features.device, non_blocking=True)),
+            attention_mask=causal_mask(self.language_model, inputs.mask.to(image_features.device)),
             logits_to_keep=inputs.labels.shape[1] - first + 1,
             use_cache=False,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmail_lightning.models.base import ImageReader
-from gmail_lightning.models.branches.record import newest_checkpoint
+from gmail_lightning.models.branches.record import find_checkpoint
 from gmail_lightning.models.captioners.language_model import build_language_model, load_tokenizer, writing_model
 from gmail_lightning.models.encoders.hf_tower import OFFLINE
 from gmail_lightning.models.encoders.readers import PatchTokens
@@ -117,8 +116,8 @@ def load_projector(projector: nn.Module, path: str) -> None:
     Raises:
         ValueError: If there is no such file, or its projector is of other shapes.
     """
-    file = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
-    if file is None or not file.is_file():
+    file = find_checkpoint(path)
+    if file is None:
         raise ValueError(f"projector={path!r}: no checkpoint there. Run the first stage, or give its file.")
     content = torch.load(file, map_location="cpu", weights_only=True)
     found = {}
