@@ -18,10 +18,10 @@ from torchmetrics import Metric
 
 from gmail_lightning.metrics import CaptionStatistics, CocoCaptionScore, MultipleChoice
 from gmail_lightning.metrics.captioning.coco_score import JAVA_METRICS
-from gmail_lightning.models import Captioner, ImageEncoder, ModalityEncoder, PooledFeatures
+from gmail_lightning.models import Captioner, ImageEncoder, PooledFeatures
 from gmail_lightning.models.branches.fingerprint import frozen_weights, weights_difference
 from gmail_lightning.tasks.accumulation import TokenMean
-from gmail_lightning.tasks.encoder_task import EncoderTask, reaching, require_text
+from gmail_lightning.tasks.encoder_task import EncoderTask, frozen_router, reaching, require_text
 from gmail_lightning.tasks.results import EvaluationResult
 from gmail_lightning.types import CaptionIds, ImageTextBatch, InputSpec, Modality, PromptIds
 
@@ -65,6 +65,7 @@ class CaptioningTask(EncoderTask):
             ``text_noise`` meets an encoder without text tower, a captioner of patch tokens, or adapters that train.
     """
 
+    route_plain = staticmethod(frozen_router)
     uses_weights = True
     writes_captions = True
     evaluation_only = frozenset(
@@ -129,11 +130,6 @@ class CaptioningTask(EncoderTask):
             raise ValueError(
                 f"text_noise trains on text features: it needs a captioner of pooled features, not {name}."
             )
-
-    @staticmethod
-    def route_plain(encoder: ImageEncoder) -> ModalityEncoder:
-        """A plain encoder is frozen."""
-        return ModalityEncoder(encoder)
 
     @property
     def pretrained(self) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from gmail_lightning.models import ImageEncoder, ImageReader, ModalityEncoder
+from gmail_lightning.models import ImageEncoder, ImageReader
 from gmail_lightning.models.branches.feature_record import feature_record
-from gmail_lightning.tasks.encoder_task import EncoderTask
+from gmail_lightning.tasks.encoder_task import EncoderTask, frozen_router
 from gmail_lightning.types import InputSpec, Modality
 
 
@@ -21,14 +21,11 @@ class EmbeddingTask(EncoderTask):
         reader: What is read of an image; None: pooled features.
     """
 
+    route_plain = staticmethod(frozen_router)
+
     def __init__(self, encoder: ImageEncoder, reader: ImageReader | None = None) -> None:
         super().__init__(encoder)
         self.reader = reader or self.reader
-
-    @staticmethod
-    def route_plain(encoder: ImageEncoder) -> ModalityEncoder:
-        """A plain encoder is frozen."""
-        return ModalityEncoder(encoder)
 
     @property
     def input_spec(self) -> InputSpec:

@@ -39,6 +39,11 @@ class _Reaching(torch.autograd.Function):
         return (*gradients, *map(torch.zeros_like, ctx.saved_tensors))
 
 
+def frozen_router(encoder: ImageEncoder) -> ModalityEncoder:
+    """The router of a plain encoder of which nothing trains; ``EncoderTask.route_plain`` of tasks on features."""
+    return ModalityEncoder(encoder)
+
+
 class EncoderTask(BaseTask):
     """What tasks around an image encoder share.
 

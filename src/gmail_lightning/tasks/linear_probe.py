@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gmail_lightning.metrics.retrieval import full_precision
-from gmail_lightning.models import ImageEncoder, ModalityEncoder
+from gmail_lightning.models import ImageEncoder
 from gmail_lightning.tasks.classification import ClassificationTask
+from gmail_lightning.tasks.encoder_task import frozen_router
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
 
@@ -31,6 +32,8 @@ class LinearProbeTask(ClassificationTask):
         warmup_steps: See ``BaseTask``.
     """
 
+    route_plain = staticmethod(frozen_router)
+
     def __init__(
         self,
         encoder: ImageEncoder,
@@ -42,11 +45,6 @@ class LinearProbeTask(ClassificationTask):
         self.head: nn.Linear | None = None  # its width is that of the training classes
         self.class_names: list[str] = []
         self._head_is_new = False  # made to evaluate without a checkpoint, or until one is loaded
-
-    @staticmethod
-    def route_plain(encoder: ImageEncoder) -> ModalityEncoder:
-        """A plain encoder is frozen."""
-        return ModalityEncoder(encoder)
 
     @property
     def pretrained(self) -> bool:

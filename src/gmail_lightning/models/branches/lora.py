@@ -131,9 +131,7 @@ def merged_state(encoder: ImageEncoder) -> dict[str, Tensor]:
     for key, tensor in model.state_dict().items():
         if key.startswith("lora."):
             continue
-        match = _ORIGINAL.search(key)
-        if match:  # the wrapped model itself has no hooks: its keys are those of torch's parametrization
-            key = key[: match.start()] + match[1]
+        key = _plain_name(model, key)  # the wrapped model itself has no hooks: its keys are those of torch
         path, _, name = key.rpartition(".")
         module = model.get_submodule(path)
         if parametrize.is_parametrized(module, name):

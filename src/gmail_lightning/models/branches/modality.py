@@ -223,18 +223,21 @@ class ModalityEncoder(WrappedEncoder):
         return route(read, image, modality, (self._side(Modality.REAL), self._side(Modality.GENERATED)), chunk_size)
 
     def _side(self, which: Modality) -> Side:
-        projection = (self.real_projection, self.generated_projection)[which]
+        projection = self._projection(which)
         if self.branch is None or (which is Modality.REAL and self.real_path != "adapted"):
-            return Side(
-                self.encoder, projection, not self.train_tower, nullcontext if self.branch is None else self.branch.off
-            )
+            return Side(self.encoder, projection, not self.train_tower, self.plain_only)
         return Side(self.branch, projection, False, nullcontext)
 
     # What routes
 
+    def _projection(self, which: Modality) -> Projection | None:
+        return self.real_projection if which is Modality.REAL else self.generated_projection
+
+    def _branch_modules(self) -> list[nn.Module]:
+        return [] if self.branch is None else list(self.branch.adapters())
+
     def _routing(self) -> list[nn.Module]:
-        parts = (*(self.branch.adapters() if self.branch else ()), self.real_projection, self.generated_projection)
-        return [module for module in parts if module is not None]
+        return [*self._branch_modules(), *(p for p in map(self._projection, Modality) if p is not None)]
 
     def image_adapters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and tensors of what routes images: those of the branch, and the image projections."""
@@ -247,10 +250,10 @@ class ModalityEncoder(WrappedEncoder):
             which: The modality.
             pooled: Whether pooled features are meant; the projections take no part in patch tokens.
         """
-        projection = (self.real_projection, self.generated_projection)[which] if pooled else None
-        adapted = self.branch is not None and (which is Modality.GENERATED or self.real_path == "adapted")
-        modules = [*(cast(Branch, self.branch).adapters() if adapted else ()), projection]
-        return self._named(module for module in modules if module is not None)
+        projection = self._projection(which) if pooled else None
+        adapted = which is Modality.GENERATED or self.real_path == "adapted"
+        modules = self._branch_modules() if adapted else []
+        return self._named(modules if projection is None else [*modules, projection])
 
     def freeze_behind(self, block: int) -> None:
         """Freezes the adapters that the patch tokens of a block do not pass: of later blocks, and the projections."""
