@@ -103,6 +103,19 @@ def test_all_else_is_as_the_data_set_says(tmp_path: Path) -> None:
     assert "features in place of 373 images' pixels" in store.summary
 
 
+def test_every_attribute_of_a_data_set_is_the_stores_too(tmp_path: Path) -> None:
+    """Of all that the base declares, so that a new one is not forgotten."""
+    emoji = EmojiDataset("fluent", "novel")
+    write_store(tmp_path / "store", emoji)
+    names = set(ImageTextDataset.__annotations__) - {"feature_store", "summary"}  # its own
+    for name in names - {"modality", "image_id", "pair_id"}:
+        setattr(emoji, name, f"the {name}")
+    store = FeatureStore(tmp_path / "store", emoji)
+    assert len(names) >= 13
+    for name in names:
+        assert getattr(store, name) is getattr(emoji, name), name
+
+
 def test_a_worker_gets_the_path_and_not_the_array(tmp_path: Path) -> None:
     emoji = EmojiDataset("noto", "novel")
     values = write_store(tmp_path / "store", emoji, width=4096)

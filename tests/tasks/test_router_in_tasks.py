@@ -166,7 +166,7 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
             return {"rank": 4, "where": [Path("a"), held]}
 
     held: Any = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"Live.settings\['where'\] is a list"):
+    with pytest.raises(ValueError, match=r"Live.settings\['where'\]: a checkpoint cannot hold a Linear"):
         ModalityEncoder(tiny_encoder(), branch=Live())
     held = 2
     record = ModalityEncoder(tiny_encoder(), branch=Live()).record()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,11 @@ class FeatureStore(ImageTextDataset):
 
     def __init__(self, path: str | Path, dataset: ImageTextDataset) -> None:
         self.path, self.dataset = Path(path), dataset
-        for name in inspect.get_annotations(ImageTextDataset):
-            setattr(self, name, getattr(dataset, name))
+        self.modality, self.image_id, self.pair_id = dataset.modality, dataset.image_id, dataset.pair_id
+        self.label, self.class_names, self.templates = dataset.label, dataset.class_names, dataset.templates
+        self.split, self.weight, self.has_questions = dataset.split, dataset.weight, dataset.has_questions
+        self.not_for_training, self.no_captions = dataset.not_for_training, dataset.no_captions
+        self.captions_are_classes, self.token_store = dataset.captions_are_classes, dataset.token_store
         record = read_record(self.path)
         if record is None:
             raise DataError(

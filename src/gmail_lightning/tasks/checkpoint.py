@@ -17,7 +17,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from gmail_lightning.models.branches.adapters import adapter_ids
 from gmail_lightning.models.branches.first_edition import EDITION, converted
 from gmail_lightning.models.branches.record import check_classes
-from gmail_lightning.models.plain_values import LIVE, plain_value
+from gmail_lightning.models.plain_values import plain_entries
 from gmail_lightning.models.restoring import restoring
 from gmail_lightning.models.weights import plain_names
 
@@ -72,7 +72,8 @@ class SmallCheckpoints(LightningModule):
         if _given_hyperparameters.get() is not None:
             return super().save_hyperparameters(ignore=ignore, frame=frame, logger=logger)
         given = {name: value for part in args if isinstance(part, Mapping) for name, value in part.items()}
-        kept = {name: value for name, value in (self._arguments | given).items() if plain_value(value) is not LIVE}
+        arguments = self._arguments | given
+        kept = {name: arguments[name] for name in plain_entries(arguments)}
         return super().save_hyperparameters(kept, ignore=ignore, frame=frame, logger=logger)
 
     def _kept_keys(self) -> set[str]:
@@ -96,8 +97,7 @@ class SmallCheckpoints(LightningModule):
         checkpoint[EDITION] = 2
         for key in (self.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
             if isinstance(checkpoint.get(key), dict):
-                plain = {name: plain_value(value) for name, value in checkpoint[key].items()}
-                checkpoint[key] = {name: value for name, value in plain.items() if value is not LIVE}
+                checkpoint[key] = plain_entries(checkpoint[key])
         kept = self._kept_keys()
         checkpoint["state_dict"] = plain_names({k: v for k, v in checkpoint["state_dict"].items() if k in kept})
 

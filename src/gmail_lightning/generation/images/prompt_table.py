@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,12 +36,14 @@ class PromptTable:
     ) -> None:
         self.datasets, self.images_per_caption, self.template = list(datasets), images_per_caption, template
         found = [_prompts(number, dataset, captions_per_row) for number, dataset in enumerate(datasets)]
-        columns = [np.concatenate(column) for column in zip(*found, strict=True)]
-        _, first = np.unique(columns[0], return_index=True)
+        every = _Prompts(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        _, first = np.unique(every.prompt, return_index=True)
         first.sort()
         #: Rows whose image id and caption an earlier one has.
-        self.repeated = len(columns[0]) - len(first)
-        self.prompt, self.image_id, self.pair_id, self.dataset, self.row, self._caption = (c[first] for c in columns)
+        self.repeated = len(every.prompt) - len(first)
+        kept = _Prompts(*(column[first] for column in every))
+        self.prompt, self.image_id, self.pair_id = kept.prompt, kept.image_id, kept.pair_id
+        self.dataset, self.row, self._caption = kept.dataset, kept.row, kept.caption
 
     def __len__(self) -> int:
         return len(self.prompt) * self.images_per_caption
@@ -103,8 +105,19 @@ class PromptTable:
         )
 
 
-def _prompts(number: int, dataset: ImageTextDataset, captions_per_row: int | None) -> tuple[np.ndarray, ...]:
-    """Columns of the prompts of one data set: prompt, image id, pair id, data set, row, number of the caption."""
+class _Prompts(NamedTuple):
+    """Columns of N prompts."""
+
+    prompt: np.ndarray  # uint64, ``prompt_number``
+    image_id: np.ndarray
+    pair_id: np.ndarray
+    dataset: np.ndarray  # number of the data set
+    row: np.ndarray  # within it
+    caption: np.ndarray  # number within the row
+
+
+def _prompts(number: int, dataset: ImageTextDataset, captions_per_row: int | None) -> _Prompts:
+    """The prompts of one data set."""
     if len(dataset):
         _refuse_foreign_columns(dataset.columns(0))
     chunks = [[np.empty(0, dtype) for dtype in (np.uint64, np.int64, np.int16)]]
@@ -121,7 +134,7 @@ def _prompts(number: int, dataset: ImageTextDataset, captions_per_row: int | Non
         chunks.append([prompts, row, caption.astype(np.int16)])
     prompt, row, caption = (np.concatenate(column) for column in zip(*chunks, strict=True))
     image_id, pair_id = (np.asarray(column, dtype=np.int64)[row] for column in (dataset.image_id, dataset.pair_id))
-    return prompt, image_id, pair_id, np.full(len(row), number, np.int16), row, caption
+    return _Prompts(prompt, image_id, pair_id, np.full(len(row), number, np.int16), row, caption)
 
 
 class PromptBatches:

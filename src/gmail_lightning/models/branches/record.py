@@ -17,7 +17,7 @@ from gmail_lightning.models.branches.adapters import adapter_keys
 from gmail_lightning.models.branches.branch import Branch
 from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference, fingerprint_digest
 from gmail_lightning.models.branches.first_edition import converted
-from gmail_lightning.models.plain_values import LIVE, plain_value
+from gmail_lightning.models.plain_values import plain_value
 from gmail_lightning.models.restoring import restored
 from gmail_lightning.models.weights import plain_names
 
@@ -166,13 +166,15 @@ def plain_settings(branch: Branch) -> dict[str, Any]:
     Raises:
         ValueError: If one cannot be held.
     """
-    settings = {name: plain_value(value) for name, value in branch.settings.items()}
-    for name, value in settings.items():
-        if value is LIVE:
+    settings = {}
+    for name, value in branch.settings.items():
+        try:
+            settings[name] = plain_value(value)
+        except TypeError as error:
             raise ValueError(
-                f"{type(branch).__name__}.settings[{name!r}] is a {type(branch.settings[name]).__name__} that no "
-                "checkpoint can hold: give numbers, strings, and lists or dictionaries of them."
-            )
+                f"{type(branch).__name__}.settings[{name!r}]: {error}. Give numbers, strings, and lists or "
+                "dictionaries of them."
+            ) from error
     return settings
 
 
