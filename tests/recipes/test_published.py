@@ -216,7 +216,7 @@ LONG_FEW = {
 def test_long_retrieval_vitb16_sharegpt4v(sharegpt4v: None, b16: dict[str, Any]) -> None:
     name = "long_retrieval_vitb16_sharegpt4v"
     pairs = {"data.init_args.train": subsets(name)["data.init_args.train"]}
-    assert "`train` the two data sets below" in header(name)["Before"]
+    assert "`train` are the two data sets below" in header(name)["Before"]
     run("fit", "align_vitb16_coco", {**b16, **SHORT, **pairs}, "--name", "aligned-long")
     folder = follow(name, {**b16, **LONG_FEW}, before=newest("runs/aligned-long"))
     exported(folder, "--branch", "real")

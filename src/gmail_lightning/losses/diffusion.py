@@ -35,5 +35,10 @@ def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = N
     Returns:
         Scalar, in fp32.
     """
-    loss = functional.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+    loss = denoising_errors(prediction, target)
     return loss.mean() if weight is None else (loss * weight).mean()
+
+
+def denoising_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each row, shape (B,), in fp32; arguments as ``denoising_loss``."""
+    return functional.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
@@ -18,7 +20,7 @@ from torchmetrics import Metric
 
 from gmail_lightning.models.weights import plain_names
 from gmail_lightning.optim import WarmupCosine, parameter_groups
-from gmail_lightning.tasks.checkpoint import SmallCheckpoints
+from gmail_lightning.tasks.averaged import AveragedWeights
 from gmail_lightning.tasks.results import EvaluationResult, set_key
 from gmail_lightning.types import ImageTextBatch, InputSpec, modality_rows
 
@@ -37,7 +39,7 @@ def paired_rows(batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
     return rows["generated_row"], rows["real_row"]
 
 
-class BaseTask(SmallCheckpoints, ABC):
+class BaseTask(AveragedWeights, ABC):
     """What every task shares; a subclass says what is computed, not how it is logged, stored or resumed.
 
     Subclasses implement ``input_spec`` and, to be fitted, ``compute_losses``; to be evaluated, ``build_metrics`` and
@@ -81,6 +83,7 @@ class BaseTask(SmallCheckpoints, ABC):
         #: What the last evaluation of every set has found: what the callbacks draw and print.
         self.results: dict[str, EvaluationResult] = {}
         self._gradients_checked = False
+        self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._replaced: Tensor | int = 0  # rows that stood in for others so far; on the device until it is logged
 
     # What a subclass says
@@ -145,6 +148,7 @@ class BaseTask(SmallCheckpoints, ABC):
 
     def on_fit_start(self) -> None:
         """Compares cached features with the encoder, whose weights are restored by now."""
+        super().on_fit_start()
         self._check_feature_stores(trains=True)
 
     def on_validation_start(self) -> None:
@@ -176,6 +180,12 @@ class BaseTask(SmallCheckpoints, ABC):
             f"{type(self).__name__} reads pixels and has no encoder that cached features could be of. Give the data "
             f"set of {stores[0]['path']} without its store."
         )
+
+    def draws(self) -> torch.Generator:
+        """Random numbers of one training batch, on the CPU; the same in a resumed run, others on every rank."""
+        number = 0 if self._trainer is None else self.trainer.fit_loop.epoch_loop.total_batch_idx
+        digest = hashlib.blake2b(f"{self._seed} {number} {self.global_rank}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def _step(self, batch: ImageTextBatch, stage: str) -> Tensor:
         if "weight" in batch and not self.uses_weights:
@@ -214,10 +224,12 @@ class BaseTask(SmallCheckpoints, ABC):
 
     def on_validation_epoch_end(self) -> None:
         """Computes and logs the metrics of every set."""
+        super().on_validation_epoch_end()
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
         """Computes and logs the metrics of every set."""
+        super().on_test_epoch_end()
         self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
@@ -234,20 +246,6 @@ class BaseTask(SmallCheckpoints, ABC):
             self.results[name] = result
             # The metric has already been reduced over ranks.
             self.log_dict({f"{key}/{k}": v for k, v in values.items()}, batch_size=1)
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Steps, then brings parameters that have a bound back to it."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.after_step()
-
-    def after_step(self) -> None:
-        """Called after every optimisation step: where a parameter must stay within a range, it is put back here."""
 
     def on_after_backward(self) -> None:
         """After the first backward, names trainable tensors that no loss reaches: DDP would hang or drop them."""

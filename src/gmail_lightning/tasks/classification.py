@@ -204,10 +204,12 @@ class ZeroShotClassificationTask(ClassificationTask):
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the class embeddings of the last evaluation."""
+        super().on_validation_epoch_start()
         self._weights = {}
 
     def on_test_epoch_start(self) -> None:
         """As ``on_validation_epoch_start``."""
+        super().on_test_epoch_start()
         self._weights = {}
 
     def scores(self, batch: ImageTextBatch) -> Tensor:

@@ -82,6 +82,18 @@ class DenoisingObjective:
         timestep = torch.randint(len(self.alphas_cumprod), (len(clean),), generator=draws)
         return self.noised(clean, noise, timestep)
 
+    def noise_of_rows(self, clean: Tensor, row_ids: list[int]) -> Noised:
+        """Noise and timestep that depend on the row alone, so that evaluations compare.
+
+        Args:
+            clean: Shape (B, C, h, w).
+            row_ids: Number of each row in its set.
+        """
+        draws = [torch.Generator().manual_seed(row) for row in row_ids]
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws]).to(clean)
+        steps = len(self.alphas_cumprod)
+        return self.noised(clean, noise, torch.cat([torch.randint(steps, (1,), generator=draw) for draw in draws]))
+
     def noised(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Noised:
         """Adds noise; the target is the noise or the velocity (Salimans and Ho, arXiv 2202.00512).
 

@@ -8,7 +8,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from gmail_lightning.models.generators.averaging import WeightAverage
+from gmail_lightning.models.averaging import WeightAverage
 
 
 def network(seed: int = 0) -> nn.Sequential:

@@ -1,9 +1,9 @@
-"""The average of the weights over the steps of a training, which diffusion models are evaluated and shared with."""
+"""Weights that stand in for the trained ones: their average over the steps, and those of before."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,48 @@ from torch import Tensor, nn
 POWER = 0.75
 #: What diffusers' ``EMAModel`` could have set otherwise; it stands in the state for those who read it there.
 FIXED = {"min_decay": 0.0, "update_after_step": 0, "use_ema_warmup": True, "inv_gamma": 1.0, "power": POWER}
+
+
+@contextmanager
+def holding(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Within it, the parameters hold other values, which may be on another device."""
+    trained = [p.detach().clone() for p in parameters]
+    _fill(parameters, values)
+    try:
+        yield
+    finally:
+        _fill(parameters, trained)
+
+
+@torch.no_grad()
+def _fill(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(
+        [p.detach() for p in parameters],
+        [value.to(p.device) for value, p in zip(values, parameters, strict=True)],
+    )
+
+
+class EarlierWeights:
+    """A copy of parameters as they are now, on the CPU, to compare with, or to mix with, what they become.
+
+    Args:
+        parameters: What is copied, always in this order.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.values = [p.detach().to("cpu", copy=True) for p in self.parameters]
+
+    def mixed_in(self, share: float) -> AbstractContextManager[None]:
+        """Within it, the parameters hold ``share`` of what they were and ``1 - share`` of what they are.
+
+        Interpolation in weight space: Wortsman et al., arXiv 2109.01903, section 3, whose alpha is ``1 - share``.
+        """
+        mixed = [
+            torch.lerp(p.detach(), value.to(p.device), share)
+            for p, value in zip(self.parameters, self.values, strict=True)
+        ]
+        return holding(self.parameters, mixed)
 
 
 class WeightAverage:
@@ -51,25 +93,9 @@ class WeightAverage:
         torch._foreach_mul_(change, 1 - self.kept())
         torch._foreach_sub_(self.average, change)
 
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
+    def swapped_in(self) -> AbstractContextManager[None]:
         """Within it, the parameters hold their average; before the first step they stay as they are."""
-        if not self.steps:
-            yield
-            return
-        trained = [p.detach().clone() for p in self.parameters]
-        self._fill(self.average)
-        try:
-            yield
-        finally:
-            self._fill(trained)
-
-    @torch.no_grad()
-    def _fill(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_(
-            [p.detach() for p in self.parameters],
-            [value.to(p.device) for value, p in zip(values, self.parameters, strict=True)],
-        )
+        return holding(self.parameters, self.average) if self.steps else nullcontext()
 
     def to(self, device: torch.device | str) -> None:
         """Moves the average, which ``update`` needs on the device of the parameters."""
