@@ -17,6 +17,7 @@ from gmail_lightning.datamodules import MixedModalityDataModule
 from gmail_lightning.datasets import DataError, EmojiDataset, ImageFolder
 from gmail_lightning.models import ModalityEncoder, OpenCLIPEncoder
 from gmail_lightning.tasks import LinearProbeTask, ZeroShotClassificationTask
+from gmail_lightning.tasks.classification import class_embeddings
 from gmail_lightning.transforms import resize
 from gmail_lightning.types import Classes
 
@@ -36,7 +37,9 @@ def embeddings(encoder, classes: Classes) -> torch.Tensor:
 @torch.no_grad()
 def test_class_embeddings_are_the_mean_of_normalised_prompts() -> None:
     task = ZeroShotClassificationTask(ModalityEncoder(tiny_encoder(), text_side="frozen"))
-    torch.testing.assert_close(task.class_embeddings(PETS).double(), embeddings(task.encoder, PETS), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        class_embeddings(task.encoder, PETS, task.device).double(), embeddings(task.encoder, PETS), atol=1e-6, rtol=0
+    )
 
 
 def test_the_loss_is_cross_entropy_over_all_classes_by_one_template(fitted) -> None:

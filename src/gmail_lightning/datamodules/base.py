@@ -85,6 +85,11 @@ class ImageTextDataModule(LightningDataModule):
                 known += [dataset for dataset in datasets if not any(dataset is other for other in known)]
         return sets
 
+    def has_classes(self, name: str) -> bool:
+        """Whether every data set of an evaluation set has classes."""
+        datasets = self.evaluation_sets.get(name, [])
+        return bool(datasets) and all(dataset.class_names is not None for dataset in datasets)
+
     def classes(self, name: str | None = None) -> Classes:
         """Returns the names of the classes of an evaluation set, or of the training sets, and the prompts for them.
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-from gmail_lightning.metrics.states import gather_state
+from gmail_lightning.metrics.retrieval_duplicates import deduplicated_recall
+from gmail_lightning.metrics.states import gather_state, joined
 
 #: Images and texts of a tile of scores. A CPU tile stays in the cache; a GPU needs large ones to keep its launches few.
 CPU_TILE = (512, 1024)
@@ -167,6 +167,8 @@ def _summary(name: str, ranks: Tensor, counts: Tensor, ks: Sequence[int]) -> dic
 class ImageTextRecall(Metric):
     """``image_text_recall`` over batches and ranks; ids, not positions, say which texts belong to which image.
 
+    Where updates give ``text_ids``, also ``deduplicated_recall``.
+
     Args:
         ks: The values of k.
         prefix: Put before the name of every value.
@@ -177,15 +179,26 @@ class ImageTextRecall(Metric):
     image_id: list[Tensor]
     text_features: list[Tensor]
     text_image_id: list[Tensor]
+    text_ids: list[Tensor]
 
     def __init__(self, ks: Sequence[int] = (1, 5, 10), prefix: str = "") -> None:
         super().__init__(dist_sync_fn=gather_state)
         self.ks, self.prefix = tuple(ks), prefix
-        for name in ("image_features", "image_id", "text_features", "text_image_id"):
+        for name in ("image_features", "image_id", "text_features", "text_image_id", "text_ids"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, image_features: Tensor, image_id: Tensor, text_features: Tensor, text_image_id: Tensor) -> None:
-        """Adds images (I, D) with ids (I,) and texts (T, D) with the ids of their images (T,); I or T may be 0."""
+    def update(
+        self,
+        image_features: Tensor,
+        image_id: Tensor,
+        text_features: Tensor,
+        text_image_id: Tensor,
+        text_ids: Tensor | None = None,
+    ) -> None:
+        """Adds images (I, D) with ids (I,) and texts (T, D) with the ids of their images (T,); I or T may be 0.
+
+        ``text_ids`` (T,) int64 are equal for texts that read the same; give them in every update or in none.
+        """
         for name, features, ids in (("image", image_features, image_id), ("text", text_features, text_image_id)):
             if features.ndim != 2 or ids.shape != features.shape[:1]:
                 raise ValueError(
@@ -196,6 +209,8 @@ class ImageTextRecall(Metric):
         self.image_id.append(image_id)
         self.text_features.append(text_features.detach().float())
         self.text_image_id.append(text_image_id)
+        if text_ids is not None:
+            self.text_ids.append(text_ids)
 
     def compute(self) -> dict[str, Tensor]:
         """See ``image_text_recall``; also ``num_images`` and ``num_texts``. Nothing where no row came at all.
@@ -203,7 +218,7 @@ class ImageTextRecall(Metric):
         Raises:
             ValueError: If an id came twice, an image has no text, a text has no image, or a feature is not finite.
         """
-        images, texts = _joined(self.image_id), _joined(self.text_image_id)
+        images, texts = joined(self.image_id), joined(self.text_image_id)
         if len(images) == len(texts) == 0:
             return {}
         if len(images) == 0 or len(texts) == 0:
@@ -215,13 +230,11 @@ class ImageTextRecall(Metric):
         index = torch.searchsorted(ids, texts).clamp(max=len(ids) - 1)
         if (ids[index] != texts).any():
             raise ValueError(f"A text belongs to image_id {int(texts[ids[index] != texts][0])}, which never came.")
-        image_features, text_features = _joined(self.image_features), _joined(self.text_features)
+        image_features, text_features = joined(self.image_features), joined(self.text_features)
         values = image_text_recall(image_features, text_features, order[index], self.ks)
+        same = joined(self.text_ids)
+        if len(same):
+            values.update(deduplicated_recall(image_features, text_features, order[index], same, self.ks))
         values["num_images"] = torch.tensor(float(len(images)), device=images.device)
         values["num_texts"] = torch.tensor(float(len(texts)), device=images.device)
         return {self.prefix + name: value for name, value in values.items()}
-
-
-def _joined(state: list[Tensor] | Tensor) -> Tensor:
-    """The rows of a state, over all ranks once it is synchronised."""
-    return dim_zero_cat(state) if len(state) else torch.empty(0)

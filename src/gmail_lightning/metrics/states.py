@@ -36,6 +36,11 @@ def gather_state(state: Tensor, group: Any = None) -> list[Tensor]:
     return gathered
 
 
+def joined(state: list[Tensor] | Tensor) -> Tensor:
+    """The rows of a state, over all ranks once it is synchronised."""
+    return dim_zero_cat(state) if len(state) else torch.empty(0)
+
+
 class RowMetric(Metric):
     """A metric of some integers per row, which counts every row once.
 

@@ -13,6 +13,7 @@ from gmail_lightning.models.encoders.long_text import stretch_context, stretch_p
 from gmail_lightning.models.encoders.open_clip import OpenCLIPEncoder
 from gmail_lightning.models.encoders.readers import PatchTokens, PooledFeatures, TokenCodes
 from gmail_lightning.models.generative import Captioner, GeneratedImages, ImageGenerator, ImageTokenizer
+from gmail_lightning.models.generators.consistency import ReciprocalConsistency
 from gmail_lightning.models.generators.diffusion import DiffusersGenerator
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "OpenCLIPEncoder",
     "PatchTokens",
     "PooledFeatures",
+    "ReciprocalConsistency",
     "TokenCodes",
     "add_lora",
     "merge_lora",

@@ -150,6 +150,10 @@ class DualEncoder(ImageEncoder):
             f"{type(self).__name__} has no text_tokens: implement it to share the text tower with a diffusion model."
         )
 
+    def text_features_and_tokens(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """``encode_text`` and ``text_tokens`` of the same ids; here in two passes, an encoder may do it in one."""
+        return self.encode_text(text), self.text_tokens(text)
+
     def check_token_ids(self, text: Tensor) -> None:
         """For the text tower's methods.
 

@@ -12,6 +12,8 @@ from gmail_lightning.tasks.long_retrieval import LongRetrievalTask
 from gmail_lightning.tasks.results import EvaluationResult
 from gmail_lightning.tasks.retrieval import RetrievalTask
 from gmail_lightning.tasks.text_to_image import TextToImageTask
+from gmail_lightning.tasks.unidiff.synthesis_score import SynthesisScore
+from gmail_lightning.tasks.unidiff.task import UniDiffTask
 
 __all__ = [
     "AlignmentTask",
@@ -24,6 +26,8 @@ __all__ = [
     "LinearProbeTask",
     "LongRetrievalTask",
     "RetrievalTask",
+    "SynthesisScore",
     "TextToImageTask",
+    "UniDiffTask",
     "ZeroShotClassificationTask",
 ]

@@ -35,6 +35,25 @@ def distinct_names(names: Sequence[str]) -> list[str]:
     return [name if count[name] == 1 else f"{name} (label {label})" for label, name in enumerate(names)]
 
 
+def class_embeddings(encoder: DualEncoder, classes: Classes, device: torch.device) -> Tensor:
+    """The mean of the normalised features of a class's prompts, normalised again (CLIP, section 3.1.4).
+
+    Returns:
+        Shape (C, D), unit norm, float32.
+    """
+    total = torch.zeros(len(classes.names), encoder.embed_dim, device=device)
+    for template in classes.templates:
+        text = prompt_tokens(encoder, classes, template).to(device)
+        pieces = [encoder.encode_text(piece) for piece in text.split(EVALUATION_PROMPTS)]
+        total += F.normalize(torch.cat(pieces).float(), dim=-1)
+    return F.normalize(total, dim=-1)
+
+
+def prompt_tokens(encoder: DualEncoder, classes: Classes, template: str) -> Tensor:
+    """Token ids of every class in one template, shape (C, L)."""
+    return encoder.text_spec.encode([fill(template, name) for name in classes.names])
+
+
 class ClassificationTask(EncoderTask):
     """What tasks that tell classes apart share: the classes come from the data sets, and accuracy is their measure.
 
@@ -150,7 +169,9 @@ class ZeroShotClassificationTask(ClassificationTask):
         """Reads the classes of the training data."""
         if stage == "fit":
             classes = self.classes_of(None)
-            self._prompts = torch.stack([self._tokens(classes, template) for template in classes.templates])
+            self._prompts = torch.stack(
+                [prompt_tokens(self.encoder, classes, template) for template in classes.templates]
+            )
         super().setup(stage)
         for name, evaluated in self.eval_classes.items() if stage == "fit" else ():
             unseen = [each for each in evaluated.names if each not in classes.names]
@@ -163,9 +184,6 @@ class ZeroShotClassificationTask(ClassificationTask):
         """As the data module names them, with the templates given here."""
         classes = super().classes_of(eval_set)
         return classes if self.templates is None else classes._replace(templates=self.templates)
-
-    def _tokens(self, classes: Classes, template: str) -> Tensor:
-        return self.encoder.text_spec.encode([fill(template, name) for name in classes.names])
 
     def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
         """Cross-entropy over all classes, by the prompts of one template, and the accuracy on the batch."""
@@ -193,15 +211,6 @@ class ZeroShotClassificationTask(ClassificationTask):
         bias = {key for key in self.state_dict() if key.endswith(".logit_bias")}
         return super()._kept_keys() | (bias if self.encoder.text_side == "full" else set())
 
-    def class_embeddings(self, classes: Classes) -> Tensor:
-        """Embeddings of shape (C, D), unit norm, in float32."""
-        total = torch.zeros(len(classes.names), self.encoder.embed_dim, device=self.device)
-        for template in classes.templates:
-            text = self._tokens(classes, template).to(self.device)
-            pieces = [self.encoder.encode_text(piece) for piece in text.split(EVALUATION_PROMPTS)]
-            total += F.normalize(torch.cat(pieces).float(), dim=-1)
-        return F.normalize(total, dim=-1)
-
     def on_validation_epoch_start(self) -> None:
         """Forgets the class embeddings of the last evaluation."""
         super().on_validation_epoch_start()
@@ -216,7 +225,7 @@ class ZeroShotClassificationTask(ClassificationTask):
         """Cosines with the class embeddings of the batch's set."""
         name = batch["eval_set"]
         if name not in self._weights:
-            self._weights[name] = self.class_embeddings(self.eval_classes[name])
+            self._weights[name] = class_embeddings(self.encoder, self.eval_classes[name], self.device)
         images = F.normalize(self.encode_images(batch).float(), dim=-1)
         with full_precision(images.device):
             return images @ self._weights[name].T

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import Metric
@@ -120,6 +121,7 @@ def update_recall(
     text_features: Tensor,
     batch: ImageTextBatch,
     name: Literal["text", "long_text"] = "text",
+    same_texts: bool = False,
 ) -> None:
     """Adds a batch to the ``ImageTextRecall`` of each modality, ``metrics["real"]`` and ``metrics["generated"]``.
 
@@ -129,9 +131,19 @@ def update_recall(
         text_features: Shape (T, D), of ``batch[name]``.
         batch: An evaluation batch.
         name: Of the texts.
+        same_texts: Also count images of captions that read the same as hits, under names of their own.
     """
     owner, ids, modality = batch[f"{name}_row"], batch["row_id"], batch["modality"]  # type: ignore[literal-required]
     for which in Modality:
         rows, texts = modality == which, modality[owner] == which
         # Also without a row: every rank must hold tensors of one shape and type when they are gathered.
-        metrics[which.name.lower()].update(image_features[rows], ids[rows], text_features[texts], ids[owner[texts]])
+        read = (number_of_ids(batch[name][texts]),) if same_texts else ()  # type: ignore[literal-required]
+        metrics[which.name.lower()].update(
+            image_features[rows], ids[rows], text_features[texts], ids[owner[texts]], *read
+        )
+
+
+def number_of_ids(token_ids: Tensor) -> Tensor:
+    """One number for every row of token ids (T, L), the same for equal rows; shape (T,) int64."""
+    powers = torch.full((token_ids.shape[1],), 6364136223846793005, device=token_ids.device).cumprod(dim=0)
+    return ((token_ids + 1) * powers).sum(dim=1)  # modulo 2^64, as a hash

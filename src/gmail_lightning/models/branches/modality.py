@@ -151,9 +151,10 @@ class ModalityEncoder(WrappedEncoder):
     @classmethod
     def from_record(cls, encoder: ImageEncoder, record: dict[str, Any]) -> Self:
         """Builds the router that ``record`` describes around a plain encoder, without its tensors."""
-        settings = {name: value for name, value in record.items() if name != "alignment"}
-        model = cls(encoder, **{**settings, "branch": build_branch(record["branch"], "The checkpoint")})
-        model.alignment = record["alignment"]
+        settings = {**record, "branch": build_branch(record["branch"], "The checkpoint")}
+        alignment = settings.pop("alignment")
+        model = cls(encoder, **settings)
+        model.alignment = alignment
         if model.alignment is not None and model.real_projection is not None:
             model.real_projection.requires_grad_(False)
         return model
@@ -214,6 +215,11 @@ class ModalityEncoder(WrappedEncoder):
         features = self.encoder.encode_text(text)
         return features if self.text_side_projection is None else self.text_side_projection(features)
 
+    def text_features_and_tokens(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """``encode_text`` and ``text_tokens`` of the same ids."""
+        features, tokens = super().text_features_and_tokens(text)
+        return features if self.text_side_projection is None else self.text_side_projection(features), tokens
+
     def route(
         self, read: Read, image: Tensor, modality: Tensor | ModalityIndex | None = None, chunk_size: int | None = None
     ) -> Tensor:
@@ -233,11 +239,14 @@ class ModalityEncoder(WrappedEncoder):
     def _projection(self, which: Modality) -> Projection | None:
         return self.real_projection if which is Modality.REAL else self.generated_projection
 
+    def _projections(self) -> list[nn.Module]:
+        return [projection for projection in map(self._projection, Modality) if projection is not None]
+
     def _branch_modules(self) -> list[nn.Module]:
         return [] if self.branch is None else list(self.branch.adapters())
 
     def _routing(self) -> list[nn.Module]:
-        return [*self._branch_modules(), *(p for p in map(self._projection, Modality) if p is not None)]
+        return [*self._branch_modules(), *self._projections()]
 
     def image_adapters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and tensors of what routes images: those of the branch, and the image projections."""
@@ -246,24 +255,17 @@ class ModalityEncoder(WrappedEncoder):
     def branch_adapters(self, which: Modality, pooled: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and tensors that the branch of a modality adds to the plain tower.
 
-        Args:
-            which: The modality.
-            pooled: Whether pooled features are meant; the projections take no part in patch tokens.
+        The projections, which take no part in patch tokens, only where ``pooled`` features are meant.
         """
         projection = self._projection(which) if pooled else None
         adapted = which is Modality.GENERATED or self.real_path == "adapted"
-        modules = self._branch_modules() if adapted else []
-        return self._named(modules if projection is None else [*modules, projection])
+        return self._named([*(self._branch_modules() if adapted else []), *([projection] if projection else [])])
 
     def freeze_behind(self, block: int) -> None:
         """Freezes the adapters that the patch tokens of a block do not pass: of later blocks, and the projections."""
-        for part in (
-            *(self.branch.behind(block) if self.branch else ()),
-            self.real_projection,
-            self.generated_projection,
-        ):
-            if part is not None:
-                part.requires_grad_(False)
+        behind = self.branch.behind(block) if self.branch else ()
+        for part in (*behind, *self._projections()):
+            part.requires_grad_(False)
 
     def _named(self, modules: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
         own = adapter_ids(self) & {id(parameter) for module in modules for parameter in module.parameters()}

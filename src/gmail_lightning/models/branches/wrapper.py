@@ -66,6 +66,10 @@ class WrappedEncoder(DualEncoder):
         """As the plain encoder's; a projection of the text side acts in the joint space and so takes no part."""
         return cast(DualEncoder, self.encoder).text_tokens(text)
 
+    def text_features_and_tokens(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """``encode_text`` and ``text_tokens`` of the same ids."""
+        return cast(DualEncoder, self.encoder).text_features_and_tokens(text)
+
     def text_parameters(self) -> Iterator[nn.Parameter]:
         """As the plain encoder's."""
         return self.encoder.text_parameters()

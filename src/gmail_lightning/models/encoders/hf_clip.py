@@ -125,6 +125,14 @@ class HFCLIPEncoder(DualEncoder):
             return text.new_zeros(0, text.shape[1], self.config.text_config.hidden_size).float()
         return cast(Tensor, cast(Any, self.model).text_model(input_ids=text).last_hidden_state)
 
+    def text_features_and_tokens(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """``encode_text`` and ``text_tokens`` in one pass."""
+        if not len(text):
+            return super().text_features_and_tokens(text)
+        self.check_token_ids(text)
+        output = cast(Any, self.model).get_text_features(input_ids=text)
+        return output.pooler_output, output.last_hidden_state
+
     def text_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters but those of the vision model and its projection."""
         return (

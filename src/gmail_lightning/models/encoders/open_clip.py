@@ -172,16 +172,32 @@ class OpenCLIPEncoder(DualEncoder):
         Raises:
             NotImplementedError: If the text tower is none of open_clip's own.
         """
+        return cast(Tensor, self._text_intermediates(text, tokens_only=True)["text_intermediates"][-1])
+
+    def text_features_and_tokens(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """``encode_text`` and ``text_tokens`` in one pass."""
+        output = self._text_intermediates(text, tokens_only=False)
+        return output["text_features"], output["text_intermediates"][-1]
+
+    def _text_intermediates(self, text: Tensor, tokens_only: bool) -> dict[str, Any]:
         self.check_token_ids(text)
         tower = getattr(self.model, "text", self.model)
         if not hasattr(tower, "forward_intermediates"):
             raise NotImplementedError(f"text_tokens needs a text tower of open_clip's own, not {type(tower).__name__}.")
         if not len(text):
-            return text.new_zeros(0, text.shape[1], cast(Any, tower).positional_embedding.shape[1]).float()
-        output = cast(Any, self.model).forward_intermediates(
-            text=text, text_indices=1, normalize_intermediates=True, intermediates_only=True
+            width = cast(Any, tower).positional_embedding.shape[1]
+            features, tokens = text.new_zeros(0, self.embed_dim), text.new_zeros(0, text.shape[1], width)
+            return {"text_features": features.float(), "text_intermediates": [tokens.float()]}
+        return cast(
+            dict[str, Any],
+            cast(Any, self.model).forward_intermediates(
+                text=text,
+                text_indices=1,
+                normalize=False,
+                normalize_intermediates=True,
+                intermediates_only=tokens_only,
+            ),
         )
-        return cast(Tensor, output["text_intermediates"][-1])
 
     def text_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters but those of ``visual``."""

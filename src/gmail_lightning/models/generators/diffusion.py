@@ -123,6 +123,11 @@ class DiffusersGenerator(ImageGenerator):
             )
         return self.parts[name]
 
+    def share_text_encoder(self, encoder: nn.Module) -> None:
+        """Puts a text encoder of someone else in the place of the pipeline's own; its owner moves and stores it."""
+        self._pipeline.text_encoder = encoder
+        del self.parts["text_encoder"]
+
     @property
     def pipeline(self) -> Any:
         """The pipeline of diffusers; its networks are those of this module."""
@@ -216,6 +221,15 @@ class DiffusersGenerator(ImageGenerator):
         return "vae" in self.parts
 
     @property
+    def latent_scale(self) -> float:
+        """Factor between the VAE's latents and those that are denoised; its configuration must have it."""
+        if (scale := self.part("vae").config.get("scaling_factor")) is None:
+            raise ValueError(
+                f"{self.name}: vae/config.json lacks scaling_factor; that of Stable Diffusion 1 is 0.18215."
+            )
+        return float(scale)
+
+    @property
     def image_spec(self) -> ImageSpec:
         """Pixels that the denoiser was made for, or those of ``size``."""
         factor = self._pipeline.vae_scale_factor if self.in_latent_space else 1
@@ -263,7 +277,7 @@ class DiffusersGenerator(ImageGenerator):
                 if noise is not None:
                     drawn = torch.randn(latents.shape, generator=noise).to(latents.dtype)
                     latents = latents + posterior.std * sent_to(latents.device, drawn)
-        return cast(Tensor, latents.float() * vae.config.scaling_factor)
+        return cast(Tensor, latents.float() * self.latent_scale)
 
     def decode_pixels(self, clean: Tensor) -> Tensor:
         """Maps what is denoised back to pixels, with gradients: the inverse of ``encode_pixels``.
@@ -277,7 +291,7 @@ class DiffusersGenerator(ImageGenerator):
         """
         if self.in_latent_space:
             vae = self.part("vae")
-            clean = vae.decode(clean.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+            clean = vae.decode(clean.to(vae.dtype) / self.latent_scale, return_dict=False)[0]
         return (clean + 1) / 2
 
     def denoise(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple, cast
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmail_lightning.losses.diffusion import PredictionType, denoising_loss, min_snr_weight
 from gmail_lightning.models.generators.diffusion import DiffusersGenerator, sent_to
@@ -20,12 +20,29 @@ class Noised(NamedTuple):
     target: Tensor  # (B, C, h, w), what the UNet is to predict of it
     timestep: Tensor  # (B,) int64
 
+    def of_rows(self, rows: Tensor) -> Noised:
+        """The rows of these numbers alone."""
+        return Noised(self.noisy[rows], self.target[rows], self.timestep[rows])
+
 
 class Denoised(NamedTuple):
     """What the UNet makes of B noisy rows in one pass."""
 
     prediction: Tensor  # (B, C, h, w)
     middle: Tensor | None  # (B, W, h', w') behind the middle block; None where it was not asked for
+
+
+class _Seen(Exception):
+    """Ends a pass that has shown what is wanted of it."""
+
+
+def _single(seen: list[Tensor]) -> Tensor:
+    if len(seen) != 1:
+        raise RuntimeError(
+            f"The pass showed {len(seen)} middle blocks, not one: build the generator with compile=False, as a "
+            "compiled UNet need not heed hooks."
+        )
+    return seen[0]
 
 
 class DenoisingObjective:
@@ -53,7 +70,13 @@ class DenoisingObjective:
         from diffusers import DDPMScheduler
 
         generator.part("unet", "A denoising objective trains")
+        _ = generator.in_latent_space and generator.latent_scale  # one that is missing is told before the first batch
         scheduler = generator.pipeline.scheduler
+        if "prediction_type" not in scheduler.config:
+            raise ValueError(
+                f"The {type(scheduler).__name__} of {generator.name} does not say what is predicted (prediction_type): "
+                "flows are not trained here. Take a pipeline with a DDPM kind of schedule."
+            )
         if prediction_type is not None:
             scheduler.register_to_config(prediction_type=prediction_type)
         schedule = DDPMScheduler.from_config(scheduler.config)
@@ -140,20 +163,41 @@ class DenoisingObjective:
             return Denoised(self.generator.denoise(noised.noisy, noised.timestep, context), None)
         with self._middle_features() as seen:
             prediction = self.generator.denoise(noised.noisy, noised.timestep, context)
-        if len(seen) != 1:
-            raise RuntimeError(
-                f"The pass showed {len(seen)} middle blocks, not one: build the generator with compile=False, as a "
-                "compiled UNet need not heed hooks."
-            )
-        return Denoised(prediction, seen[0])
+        return Denoised(prediction, _single(seen))
+
+    def middle_features(self, noised: Noised, context: Tensor) -> Tensor:
+        """The features behind the middle block alone, shape (B, W, h', w'); what follows it is not run.
+
+        Args:
+            noised: B rows.
+            context: As ``denoise``.
+
+        Raises:
+            ValueError: If the UNet has no middle block.
+            RuntimeError: If the pass did not show it.
+        """
+        with self._middle_features(stop=True) as seen, suppress(_Seen):
+            self.generator.denoise(noised.noisy, noised.timestep, context)
+        return _single(seen)
+
+    @property
+    def middle_width(self) -> int:
+        """Channels W behind the middle block."""
+        return int(self.generator.part("unet").config.block_out_channels[-1])
 
     @contextmanager
-    def _middle_features(self) -> Iterator[list[Tensor]]:
+    def _middle_features(self, stop: bool = False) -> Iterator[list[Tensor]]:
         block = self.generator.part("unet").mid_block
         if block is None:
             raise ValueError(f"The UNet in {self.generator.name} has no middle block, whose features are asked for.")
         seen: list[Tensor] = []
-        handle = block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+        def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            seen.append(output)
+            if stop:
+                raise _Seen
+
+        handle = block.register_forward_hook(look)
         try:
             yield seen
         finally:

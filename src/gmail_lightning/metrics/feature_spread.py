@@ -1,0 +1,90 @@
+"""Whether features spread over their space or collapse, and how far they have moved from those of before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+
+def feature_spread(features: Tensor) -> dict[str, Tensor]:
+    """Effective rank and mean pairwise cosine of features: of a collapsed set 1 and 1.
+
+    The effective rank (Roy and Vetterli, EUSIPCO 2007) is the exponential of the entropy of the singular values, here
+    of the unit rows, divided by their sum. They are not centred: features that all lean one way have collapsed, too.
+
+    Args:
+        features: Shape (N, D), normalised inside.
+
+    Returns:
+        ``effective_rank``, from 1 to min(N, D), and ``mean_cosine`` over all pairs of different rows; float64.
+
+    Raises:
+        ValueError: If there are fewer than two rows, or one is not finite.
+
+    Example:
+        >>> feature_spread(torch.eye(3))
+        {'effective_rank': tensor(3.0000, dtype=torch.float64), 'mean_cosine': tensor(0., dtype=torch.float64)}
+    """
+    if features.ndim != 2 or len(features) < 2 or not torch.isfinite(features).all():
+        raise ValueError(f"Expected finite features (N, D) of at least 2 rows, got {tuple(features.shape)}.")
+    unit = F.normalize(features.double(), dim=1)
+    return _spread(unit.T @ unit, unit.sum(dim=0), torch.tensor(len(unit), device=unit.device))
+
+
+def _spread(moment: Tensor, total: Tensor, count: Tensor) -> dict[str, Tensor]:
+    singular = torch.linalg.eigvalsh(moment).clamp(min=0).sqrt()
+    share = singular / singular.sum()
+    entropy = -torch.special.xlogy(share, share).sum()
+    pairs = (count * (count - 1)).double()
+    return {"effective_rank": entropy.exp(), "mean_cosine": (total.square().sum() - moment.diagonal().sum()) / pairs}
+
+
+class FeatureSpread(Metric):
+    """``feature_spread`` over batches and ranks, and with earlier features of the same rows the ``drift`` from these.
+
+    It keeps sums alone, O(D^2). ``drift`` is the mean of 1 - cosine.
+
+    Args:
+        width: D.
+        prefix: Put before the name of every value.
+    """
+
+    full_state_update = False
+    count: Tensor
+    moved: Tensor
+    moment: Tensor
+    total: Tensor
+
+    def __init__(self, width: int, prefix: str = "") -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("moved", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")  # sum and number of rows
+        self.add_state("moment", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor, earlier_features: Tensor | None = None) -> None:
+        """Adds a batch.
+
+        Args:
+            features: Shape (N, D); N may be 0.
+            earlier_features: Those of the same rows before training, shape (N, D).
+        """
+        unit = F.normalize(features.double(), dim=1)
+        self.moment = self.moment + unit.T @ unit
+        self.total = self.total + unit.sum(dim=0)
+        self.count = self.count + len(unit)
+        if earlier_features is not None:
+            cosine = (unit * F.normalize(earlier_features.double(), dim=1)).sum(dim=1)
+            self.moved = self.moved + torch.stack([(1 - cosine).sum(), cosine.new_tensor(float(len(cosine)))])
+
+    def compute(self) -> dict[str, Tensor]:
+        """See ``feature_spread``; nothing of fewer than two rows."""
+        if self.count < 2:
+            return {}
+        values = _spread(self.moment, self.total, self.count)
+        if self.moved[1] > 0:
+            values["drift"] = self.moved[0] / self.moved[1]
+        return {f"{self.prefix}{name}": value for name, value in values.items()}

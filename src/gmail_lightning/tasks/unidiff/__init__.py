@@ -1,0 +1,1 @@
+"""Joint fine-tuning of a CLIP and a diffusion model."""

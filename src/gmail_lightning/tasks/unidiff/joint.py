@@ -1,0 +1,217 @@
+"""``JointTask``: a CLIP and a diffusion model under one roof, and the evaluation of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, Metric, MetricCollection
+
+from gmail_lightning.distributed import on_first_rank
+from gmail_lightning.losses.diffusion import denoising_errors
+from gmail_lightning.metrics import FeatureSpread, GenerationScore, ImageTextRecall, ZeroShotAccuracy
+from gmail_lightning.metrics.retrieval import full_precision
+from gmail_lightning.models import DualEncoder
+from gmail_lightning.models.averaging import EarlierWeights
+from gmail_lightning.models.encoders.conversion import clip_text_model
+from gmail_lightning.models.generators.diffusion import DiffusersGenerator
+from gmail_lightning.models.generators.objective import DenoisingObjective
+from gmail_lightning.models.generators.shared_text import share_text_tower
+from gmail_lightning.models.generators.tuning import check_pipeline, pipeline_record, require_tunable, save_tuned
+from gmail_lightning.tasks.classification import class_embeddings
+from gmail_lightning.tasks.encoder_task import EncoderTask, require_text
+from gmail_lightning.tasks.retrieval import update_recall
+from gmail_lightning.tasks.unidiff.synthesis_score import SynthesisScore
+from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality
+
+VIEW = "diffusion_image"  # of the picture that the diffusion model is trained on
+
+
+class JointTask(EncoderTask):
+    """A CLIP and a diffusion model that read the same pictures, each at its size, and may share a text tower.
+
+    Evaluation gives retrieval, zero-shot accuracy on the sets that have classes, the denoising loss, the spread of both
+    towers' features and their drift from the encoder as it was; with ``score``, KID, CMMD and CLIPScore of images made
+    for the captions. At the end of training the pipeline is written to ``pipeline/`` in the run folder.
+
+    Subclasses say what trains (``_track_earlier`` then takes note of it) and by which loss.
+    """
+
+    def __init__(
+        self,
+        encoder: DualEncoder,
+        generator: DiffusersGenerator,
+        text_tower: Literal["shared", "separate"],
+        min_snr_gamma: float | None,
+        score: SynthesisScore | None,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+        allow_small_negatives: bool = False,
+        learning_rates: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__(encoder, optimizer, scheduler, warmup_steps, allow_small_negatives, learning_rates)
+        require_text(self.encoder, f"{type(self).__name__} reads images and captions")
+        require_tunable(generator, type(self).__name__)
+        if text_tower not in ("shared", "separate"):
+            raise ValueError(f"text_tower={text_tower!r}: use 'shared' or 'separate'.")
+        self.generator, self.text_tower, self.score = generator, text_tower, score
+        self.objective = DenoisingObjective(generator, min_snr_gamma=min_snr_gamma)
+        self.register_buffer("empty_text", generator.text_spec.encode([""]), persistent=False)
+        if text_tower == "shared":
+            share_text_tower(generator, self.encoder)
+        #: The CLIP as it was; evaluation says how far it has moved.
+        self.earlier = EarlierWeights([])
+        #: Share of what the CLIP was in what is evaluated; see ``callbacks.WeightInterpolation``.
+        self.earlier_share = 0.0
+        self._classes: dict[str, Classes] = {}  # of the evaluation sets that have some
+        self._embeddings: dict[str, Tensor] = {}  # of these classes, in the evaluation that is running
+
+    def _track_earlier(self) -> None:
+        """Takes note of the CLIP as it is, before it trains."""
+        self.earlier = EarlierWeights(p for p in self.encoder.parameters() if p.requires_grad)
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """Pixels at both sizes; captions for the CLIP, which reads the pipeline's ids where its tower is shared."""
+        images = {"image": self.encoder.image_spec, VIEW: self.generator.image_spec}
+        if self.text_tower == "shared":
+            return InputSpec(images=images, texts={"text": self.generator.text_spec})
+        return InputSpec(images=images, texts={"text": self.encoder.text_spec, "prompt": self.generator.text_spec})
+
+    @property
+    def pretrained(self) -> bool:
+        """False where part of the two models has random weights."""
+        return self.encoder.pretrained and self.generator.pretrained
+
+    def _read_texts(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled features (B, D), what the UNet attends to (B, L, W), and the same of the empty prompt (1, L, W)."""
+        empty = self.get_buffer("empty_text")
+        if self.text_tower == "shared":
+            features, tokens = self.encoder.text_features_and_tokens(torch.cat([batch["text"], empty]))
+            return features[:-1], tokens[:-1], tokens[-1:]
+        tokens = self.generator.encode_text(torch.cat([cast(Any, batch)["prompt"], empty]))
+        return self.encoder.encode_text(batch["text"]), tokens[:-1], tokens[-1:]
+
+    def _pixels(self, batch: ImageTextBatch) -> Tensor:
+        pixels = cast(Any, batch).get(VIEW)
+        if pixels is None or len(pixels) != len(batch["modality"]):
+            raise MisconfigurationException(
+                "UniDiffTask needs the pixels of every row: give the data sets without a store of features or tokens."
+            )
+        return cast(Tensor, pixels)
+
+    def on_train_end(self) -> None:
+        """Writes the pipeline."""
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "pipeline"
+        on_first_rank(partial(self.save_pipeline, folder), self.trainer)
+        rank_zero_info(f"Pipeline: {folder}")
+
+    def save_pipeline(self, folder: str | Path) -> None:
+        """Writes the pipeline in diffusers' layout: averaged weights, adapters merged, the shared text tower in it."""
+        with self.averaged_weights():
+            text = clip_text_model(cast(DualEncoder, self.encoder.plain)) if self.text_tower == "shared" else None
+            save_tuned(self.generator, folder, text)
+
+    # Evaluation
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Within it, what trains holds its average, and the CLIP ``earlier_share`` of what it was."""
+        if not self.earlier_share:
+            return super().averaged_weights()
+        both = ExitStack()
+        both.enter_context(super().averaged_weights())
+        both.enter_context(self.earlier.mixed_in(self.earlier_share))
+        return cast(AbstractContextManager[None], both)
+
+    def build_metrics(self, eval_set: str) -> dict[str, Metric]:
+        """Of both abilities, and of what the features have become."""
+        built: dict[str, Metric] = {
+            "real": ImageTextRecall(),
+            "generated": ImageTextRecall(prefix="generated_"),
+            "image_spread": FeatureSpread(self.encoder.embed_dim, prefix="image_"),
+            "text_spread": FeatureSpread(self.encoder.embed_dim, prefix="text_"),
+            "denoising": cast(Metric, MetricCollection({"denoising_loss": MeanMetric()})),
+        }
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "has_classes") and data.has_classes(eval_set):
+            self._classes[eval_set] = data.classes(eval_set)
+            built["zero_shot"] = ZeroShotAccuracy(len(self._classes[eval_set].names))
+        if self.score is not None and ("test" if self.trainer.testing else "val") in self.score.stages:
+            built["score"] = GenerationScore(prefix="scorer_")
+        return built
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the class embeddings of the last evaluation."""
+        super().on_validation_epoch_start()
+        self._embeddings = {}
+
+    def on_test_epoch_start(self) -> None:
+        """As ``on_validation_epoch_start``."""
+        super().on_test_epoch_start()
+        self._embeddings = {}
+
+    def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
+        """Adds images and all their captions."""
+        images = self.encode_images(batch)
+        texts = self.encoder.encode_text(batch["text"])
+        update_recall(metrics, images, texts, batch, same_texts=True)
+        real = batch["modality"] == Modality.REAL
+        first = torch.searchsorted(batch["text_row"], torch.arange(len(images), device=images.device))
+        with self.earlier.mixed_in(1.0):
+            earlier = self.encode_images(batch)[real], self.encoder.encode_text(batch["text"][first])[real]
+        metrics["image_spread"].update(images[real], earlier[0])
+        metrics["text_spread"].update(texts[first][real], earlier[1])
+        if "zero_shot" in metrics:
+            self._update_zero_shot(metrics["zero_shot"], images[real], batch["label"][real], batch["eval_set"])
+        pixels = self._pixels(batch)
+        self._update_denoising(metrics["denoising"], pixels, batch, first)
+        if "score" in metrics:
+            assert self.score is not None
+            rows = real.nonzero().squeeze(1)
+            captions = [batch["caption"][row] for row in rows.tolist()]
+            self.score.update(metrics["score"], self.generator, pixels[rows], captions, batch["row_id"][rows])
+
+    def _update_zero_shot(self, metric: Any, images: Tensor, label: Tensor, eval_set: str) -> None:
+        if eval_set not in self._embeddings:
+            self._embeddings[eval_set] = class_embeddings(self.encoder, self._classes[eval_set], self.device)
+        with full_precision(images.device):
+            metric.update(F.normalize(images.float(), dim=-1) @ self._embeddings[eval_set].T, label)
+
+    def _update_denoising(self, metric: Any, pixels: Tensor, batch: ImageTextBatch, first: Tensor) -> None:
+        """The loss of each row at a timestep and noise that depend on the row alone, so that values compare."""
+        noised = self.objective.noise_of_rows(self.generator.encode_pixels(pixels), batch["row_id"].tolist())
+        if self.text_tower == "shared":
+            context = self.encoder.text_tokens(batch["text"][first])
+        else:
+            context = self.generator.encode_text(cast(Any, batch)["prompt"][first])
+        prediction = self.objective.denoise(noised, context).prediction
+        metric.update(denoising_errors(prediction, noised.target))
+
+    # What is kept
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the pipeline that frozen tensors come from."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["pipeline"] = pipeline_record(self.generator)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that leans on another pipeline.
+
+        Raises:
+            MisconfigurationException: Naming both pipelines.
+        """
+        super().on_load_checkpoint(checkpoint)
+        try:
+            check_pipeline(self.generator, checkpoint.get("pipeline", {}))
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error

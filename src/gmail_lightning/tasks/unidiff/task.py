@@ -1,0 +1,232 @@
+"""``UniDiffTask``: contrast, synthesis and reciprocal consistency in one fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from gmail_lightning.distributed import world_size
+from gmail_lightning.losses import clip_loss, sigmoid_loss
+from gmail_lightning.losses.conflict import gradient_cosines
+from gmail_lightning.models import DualEncoder
+from gmail_lightning.models.averaging import WeightAverage
+from gmail_lightning.models.branches.routing import ModalityIndex
+from gmail_lightning.models.encoders.logit_scale import CAP, capped_scale, hold_cap
+from gmail_lightning.models.generators.consistency import ReciprocalConsistency, Seen
+from gmail_lightning.models.generators.diffusion import DiffusersGenerator
+from gmail_lightning.tasks.encoder_task import image_index
+from gmail_lightning.tasks.unidiff.joint import JointTask
+from gmail_lightning.tasks.unidiff.parts import How, Part, open_parts
+from gmail_lightning.tasks.unidiff.synthesis_score import SynthesisScore
+from gmail_lightning.types import ImageTextBatch
+
+Term = Literal["contrast", "synthesis", "consistency"]
+TERMS: tuple[Term, ...] = ("contrast", "synthesis", "consistency")
+
+
+class UniDiffTask(JointTask):
+    """Joint fine-tuning of a CLIP and a diffusion model, after UniDiff (arXiv 2306.00813), on few pictures of a domain.
+
+    ``L = contrast_weight L_contrast + synthesis_weight L_synthesis + w L_consistency``: CLIP's loss on the captions as
+    they are, the denoising loss with prompts dropped, and reciprocal consistency. Both models keep their architecture.
+    The paper's equations and weights are not public: every choice is an argument. Each picture is read at CLIP's size
+    and at the diffusion model's, under one random draw.
+
+    Evaluation is that of ``JointTask``: retrieval, zero-shot accuracy, denoising, the spread and the drift of the
+    features, and with ``score`` KID, CMMD and CLIPScore of images made for the captions. The averaged weights are
+    evaluated, and written at the end of training: the pipeline to ``pipeline/`` in the run folder.
+
+    Args:
+        encoder: The CLIP; a plain one, or a router whose branch and text side train.
+        generator: The pipeline: one with a UNet and one text encoder, in fp32.
+        consistency: The third term; none by default.
+        contrast_weight: Of the contrastive term; 0 leaves the synthesis alone.
+        synthesis_weight: Of the denoising loss; 0 leaves the contrast alone.
+        text_tower: ``shared``: the pipeline reads its prompts through the CLIP's text tower, which then trains on both
+            terms; ``separate``: through its own text encoder, which stays as it is.
+        train: What trains of ``vision``, ``text`` and ``unet``: ``full``, ``frozen``, or a number, the rank of LoRA
+            (PEFT's on the UNet). What is not named trains in full.
+        prompt_dropout: Share of rows whose synthesis sees the empty prompt, which guidance needs.
+        min_snr_gamma: Cap of the signal-to-noise weights of the synthesis (arXiv 2303.09556); None weighs all alike.
+        ema_decay: Of the average of all that trains (``WeightAverage``); None keeps none.
+        generated_rows: Terms that generated rows take part in, some of contrast, synthesis, consistency; all by
+            default.
+        conflict_every_n_steps: Log the cosine between the gradients of every two terms on the weights that both reach,
+            every so many steps; each costs one more backward for every term. None: never.
+        score: Makes and scores images in evaluations.
+        optimizer: See ``BaseTask``.
+        scheduler: See ``BaseTask``.
+        warmup_steps: See ``BaseTask``.
+        allow_small_negatives: See ``BaseTask``.
+        learning_rates: See ``BaseTask``: ``{encoder: 1.0e-6, generator.parts.unet: 1.0e-5}``.
+
+    Raises:
+        ValueError: If no term has a weight, consistency has not both others beside it, a name is unknown, the pipeline
+            cannot be trained, or the text tower cannot be shared.
+    """
+
+    batch_contrastive = True
+
+    def __init__(
+        self,
+        encoder: DualEncoder,
+        generator: DiffusersGenerator,
+        consistency: ReciprocalConsistency | None = None,
+        contrast_weight: float = 1.0,
+        synthesis_weight: float = 1.0,
+        text_tower: Literal["shared", "separate"] = "shared",
+        train: dict[Part, How] | None = None,
+        prompt_dropout: float = 0.1,
+        min_snr_gamma: float | None = None,
+        ema_decay: float | None = 0.9999,
+        generated_rows: Sequence[Term] = TERMS,
+        conflict_every_n_steps: int | None = None,
+        score: SynthesisScore | None = None,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+        allow_small_negatives: bool = False,
+        learning_rates: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__(
+            encoder,
+            generator,
+            text_tower,
+            min_snr_gamma,
+            score,
+            optimizer,
+            scheduler,
+            warmup_steps,
+            allow_small_negatives,
+            learning_rates,
+        )
+        self.consistency = ReciprocalConsistency("none") if consistency is None else consistency
+        consistent = self.consistency.reading != "none"
+        _check(contrast_weight, synthesis_weight, consistent, generated_rows, prompt_dropout)
+        self.contrast_weight, self.synthesis_weight = contrast_weight, synthesis_weight
+        self.prompt_dropout, self.generated_rows = prompt_dropout, tuple(generated_rows)
+        self.conflict_every_n_steps = conflict_every_n_steps
+        open_parts(
+            self.encoder, generator, train, contrast_weight > 0, synthesis_weight > 0, shared=text_tower == "shared"
+        )
+        self._track_earlier()
+        self.consistency.build(self.objective, self.encoder.embed_dim)
+        if ema_decay is not None:
+            self.average = WeightAverage(self.trained(), ema_decay)
+
+    # Training
+
+    def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
+        """The terms that have a weight, by name, and their weighted sum."""
+        self._require_rows(batch)
+        draws = self.draws()
+        text_features, context, empty = self._read_texts(batch)
+        losses: dict[str, Tensor] = {}
+        if self.contrast_weight:
+            image_features = self.encode_images(batch)
+            rows = self._rows(batch, "contrast")
+            ids = batch["image_id"]
+            chosen = (
+                (image_features, text_features, ids)
+                if rows is None
+                else (image_features[rows], text_features[rows], ids[rows])
+            )
+            losses["contrast"] = self._contrast(*chosen)
+            losses["logit_scale"] = self.scale
+        if self.synthesis_weight:
+            noised = self.objective.draw(self.generator.encode_pixels(self._pixels(batch), draws), draws)
+            dropped = torch.rand(len(context), generator=draws).lt(self.prompt_dropout).to(context.device)
+            prompts = torch.where(dropped[:, None, None], empty, context)
+            denoised = self.objective.denoise(noised, prompts, middle=self.consistency.in_synthesis_pass)
+            rows = self._rows(batch, "synthesis")
+            of_rows = noised if rows is None else noised.of_rows(rows)
+            prediction = denoised.prediction if rows is None else denoised.prediction[rows]
+            losses["synthesis"] = self.objective.loss(prediction, of_rows)
+        weights = {"contrast": self.contrast_weight, "synthesis": self.synthesis_weight}
+        if self.consistency.reading != "none":
+            seen = Seen(
+                noised,
+                denoised,
+                context,
+                empty,
+                image_features,
+                text_features,
+                self.scale,
+                batch["text"],
+                batch["image_id"],
+            )
+            losses["consistency"] = self._consistency(seen, batch, draws)
+            weights["consistency"] = self.consistency.weight_at(self._step_number())
+        self._watch_conflicts(losses)
+        total = torch.stack([weights[name] * losses[name] for name in TERMS if name in losses]).sum()
+        return {"loss": total, **losses}
+
+    def _require_rows(self, batch: ImageTextBatch) -> None:
+        contrasted = self.contrast_weight > 0
+        rows = self._rows(batch, "contrast")
+        count = (len(batch["modality"]) if rows is None else len(rows)) * world_size()
+        if contrasted and count < 2:
+            raise MisconfigurationException(
+                f"The contrastive term has {count} row in the batch, where it is zero whatever the model says: raise "
+                "data.batch_size, or set contrast_weight=0."
+            )
+
+    def _rows(self, batch: ImageTextBatch, term: Term) -> Tensor | None:
+        """Numbers of the rows that take part in a term; None for all."""
+        return None if term in self.generated_rows else batch["real_row"]
+
+    @property
+    def scale(self) -> Tensor:
+        """The encoder's logit scale; that of a CLIP capped."""
+        return capped_scale(self.encoder, CAP)
+
+    def _contrast(self, image_features: Tensor, text_features: Tensor, ids: Tensor) -> Tensor:
+        if self.encoder.logit_bias is None:
+            return clip_loss(image_features, text_features, self.scale, ids=ids)
+        return sigmoid_loss(image_features, text_features, self.scale, self.encoder.logit_bias, ids=ids)
+
+    def _consistency(self, seen: Seen, batch: ImageTextBatch, draws: torch.Generator) -> Tensor:
+        index = image_index(batch)
+        rows = self._rows(batch, "consistency")
+        if rows is not None:
+            index = ModalityIndex(torch.arange(len(rows), device=rows.device), rows[:0])  # all of them real
+            seen = seen.of_rows(rows)
+        encode = partial(self.encode_pixels, modality=index)
+        found: Tensor = self.consistency(seen, self.objective, self.encoder, encode, draws)
+        return found
+
+    def _step_number(self) -> int:
+        return 0 if self._trainer is None else self.trainer.global_step
+
+    def _watch_conflicts(self, losses: Mapping[str, Tensor]) -> None:
+        every = self.conflict_every_n_steps
+        if every is None or self._trainer is None or (self.trainer.global_step + 1) % every:
+            return
+        found = gradient_cosines({name: losses[name] for name in TERMS if name in losses}, self.trained())
+        self.log_dict({f"train/conflict/{name}": value for name, value in found.items()}, batch_size=1)
+
+    def trained(self) -> list[nn.Parameter]:
+        """All that trains."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def after_step(self) -> None:
+        """Holds the cap of the logit scale."""
+        super().after_step()
+        hold_cap(self.encoder, CAP)
+
+
+def _check(contrast: float, synthesis: float, consistent: bool, generated_rows: Sequence[str], dropout: float) -> None:
+    if min(contrast, synthesis) < 0 or max(contrast, synthesis) == 0:
+        raise ValueError(f"contrast_weight={contrast}, synthesis_weight={synthesis}: none negative, and one above 0.")
+    if consistent and min(contrast, synthesis) == 0:
+        raise ValueError("Consistency holds contrast and synthesis together: give both a weight, or reading: none.")
+    if unknown := sorted(set(generated_rows) - set(TERMS)):
+        raise ValueError(f"generated_rows: unknown {', '.join(unknown)}; the terms are {', '.join(TERMS)}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"prompt_dropout={dropout} is a share from 0 to below 1.")
