@@ -106,27 +106,36 @@ class GenerationScore(Metric):
         for name in ("generated", "real", "scores"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
-    def update(self, generated_features: Tensor, real_features: Tensor, text_features: Tensor) -> None:
+    def update(self, generated_features: Tensor, real_features: Tensor, text_features: Tensor | None = None) -> None:
         """Adds a batch.
 
         Args:
             generated_features: Of generated images, shape (N, D); N may be 0.
-            real_features: Of real ones, shape (M, D).
+            real_features: Of real ones, shape (M, D); M may be 0.
             text_features: Of the captions that the generated ones were made for, shape (N, D).
+
+        Raises:
+            ValueError: As ``clip_score``.
         """
-        self.generated.append(generated_features)
-        self.real.append(real_features)
-        self.scores.append(clip_score(generated_features, text_features))
+        self.generated.append(generated_features.detach())
+        self.real.append(real_features.detach())
+        if text_features is not None:
+            self.scores.append(clip_score(generated_features.detach(), text_features.detach()))
 
     def compute(self) -> dict[str, Tensor]:
-        """What there are images for: at least two of each kind."""
+        """What there are rows for: ``kid`` and ``cmmd`` need two of each kind. Nothing where no row came at all.
+
+        Raises:
+            ValueError: As ``kernel_distance``, or if only some updates gave texts.
+        """
         generated, real, scores = map(joined, (self.generated, self.real, self.scores))
-        if min(len(generated), len(real)) < 2:
+        if len(generated) == len(real) == 0:
             return {}
-        values = {
-            "kid": kernel_distance(generated, real),
-            "cmmd": cmmd(generated, real),
-            "clip_score": scores.mean(),
-            "num_images": torch.tensor(float(len(generated)), device=scores.device),
-        }
+        values = {"num_images": torch.tensor(float(len(generated)), device=generated.device)}
+        if min(len(generated), len(real)) >= 2:
+            values.update(kid=kernel_distance(generated, real), cmmd=cmmd(generated, real))
+        if len(scores):
+            if len(scores) != len(generated):
+                raise ValueError(f"{len(scores)} texts, {len(generated)} images: give them in every update or in none.")
+            values["clip_score"] = scores.double().mean().float()
         return {f"{self.prefix}{name}": value for name, value in values.items()}
