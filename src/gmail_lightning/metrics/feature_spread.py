@@ -27,14 +27,23 @@ def feature_spread(features: Tensor) -> dict[str, Tensor]:
         >>> feature_spread(torch.eye(3))
         {'effective_rank': tensor(3.0000, dtype=torch.float64), 'mean_cosine': tensor(0., dtype=torch.float64)}
     """
-    if features.ndim != 2 or len(features) < 2 or not torch.isfinite(features).all():
-        raise ValueError(f"Expected finite features (N, D) of at least 2 rows, got {tuple(features.shape)}.")
-    unit = F.normalize(features.double(), dim=1)
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"Expected features (N, D) of at least 2 rows, got {tuple(features.shape)}.")
+    unit = _unit(features, "features")
     return _spread(unit.T @ unit, unit.sum(dim=0), torch.tensor(len(unit), device=unit.device))
 
 
+def _unit(features: Tensor, name: str) -> Tensor:
+    if not torch.isfinite(features).all():
+        raise ValueError(f"{name}: {int((~torch.isfinite(features)).any(dim=1).sum())} rows are not finite.")
+    return F.normalize(features.double(), dim=1)
+
+
 def _spread(moment: Tensor, total: Tensor, count: Tensor) -> dict[str, Tensor]:
-    singular = torch.linalg.eigvalsh(moment).clamp(min=0).sqrt()
+    squares = torch.linalg.eigvalsh(moment)
+    # What rounding leaves of a zero, 1e-16 of the largest, would be 1e-8 as a root, and D of them would add up
+    floor = squares.amax() * len(squares) * torch.finfo(squares.dtype).eps
+    singular = squares.where(squares > floor, 0).sqrt()
     share = singular / singular.sum()
     entropy = -torch.special.xlogy(share, share).sum()
     pairs = (count * (count - 1)).double()
@@ -71,14 +80,23 @@ class FeatureSpread(Metric):
         Args:
             features: Shape (N, D); N may be 0.
             earlier_features: Those of the same rows before training, shape (N, D).
+
+        Raises:
+            ValueError: If a width is not D, the two shapes differ, or a feature is not finite.
         """
-        unit = F.normalize(features.double(), dim=1)
+        if features.ndim != 2 or features.shape[1] != len(self.total):
+            raise ValueError(f"features: expected shape (N, {len(self.total)}), got {tuple(features.shape)}.")
+        if earlier_features is not None and earlier_features.shape != features.shape:
+            raise ValueError(
+                f"earlier_features: expected shape {tuple(features.shape)}, got {tuple(earlier_features.shape)}."
+            )
+        unit = _unit(features.detach(), "features")
+        if earlier_features is not None:
+            cosine = (unit * _unit(earlier_features.detach(), "earlier_features")).sum(dim=1)
+            self.moved = self.moved + torch.stack([(1 - cosine).sum(), cosine.new_tensor(float(len(cosine)))])
         self.moment = self.moment + unit.T @ unit
         self.total = self.total + unit.sum(dim=0)
         self.count = self.count + len(unit)
-        if earlier_features is not None:
-            cosine = (unit * F.normalize(earlier_features.double(), dim=1)).sum(dim=1)
-            self.moved = self.moved + torch.stack([(1 - cosine).sum(), cosine.new_tensor(float(len(cosine)))])
 
     def compute(self) -> dict[str, Tensor]:
         """See ``feature_spread``; nothing of fewer than two rows."""
