@@ -8,8 +8,7 @@ from gmail_lightning.metrics.generation import GenerationScore, cmmd, kernel_dis
 from gmail_lightning.metrics.modality_gap import ModalityGap, linear_probe_accuracy, modality_gap
 from gmail_lightning.metrics.multiple_choice import MultipleChoice, chosen_letter
 from gmail_lightning.metrics.repair import Repair, repair_pairs
-from gmail_lightning.metrics.retrieval import ImageTextRecall, image_text_recall
-from gmail_lightning.metrics.retrieval_duplicates import deduplicated_recall
+from gmail_lightning.metrics.retrieval import ImageTextRecall, deduplicated_recall, image_text_recall
 from gmail_lightning.metrics.truncation import TruncatedTexts
 from gmail_lightning.metrics.zero_shot import ZeroShotAccuracy
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from gmail_lightning.metrics.retrieval_duplicates import deduplicated_recall
+from gmail_lightning.metrics.retrieval_duplicates import deduplicated_ranks
 from gmail_lightning.metrics.states import gather_state, joined
 
 #: Images and texts of a tile of scores. A CPU tile stays in the cache; a GPU needs large ones to keep its launches few.
@@ -21,7 +21,11 @@ TIE = 1e-6  # cosines closer than this are equal: fp32 rounds one and the same c
 
 
 def image_text_recall(
-    image_features: Tensor, text_features: Tensor, text_image_index: Tensor, ks: Sequence[int] = (1, 5, 10)
+    image_features: Tensor,
+    text_features: Tensor,
+    text_image_index: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    text_ids: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Recall at k and median rank of image-to-text and text-to-image retrieval by cosine similarity.
 
@@ -35,6 +39,7 @@ def image_text_recall(
         text_features: Shape (T, D), normalised inside.
         text_image_index: Shape (T,), the row of the image that each text belongs to. Every image needs a text.
         ks: The values of k.
+        text_ids: Shape (T,), int64, equal for texts that read the same: adds ``deduplicated_recall``.
 
     Returns:
         ``i2t_R@k`` and ``t2i_R@k`` for every k, scalars in [0, 1]; ``i2t_median_rank`` and ``t2i_median_rank``, 1 is
@@ -48,6 +53,60 @@ def image_text_recall(
         >>> image_text_recall(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), ks=(1,))["i2t_R@1"]
         tensor(1.)
     """
+    owner = _checked_owner(image_features, text_features, text_image_index)
+    with full_precision(image_features.device):
+        image_rank, text_ranks = _ranks(image_features, text_features, owner)
+    ranks, images = image_rank.unique(return_counts=True)
+    halves = torch.arange(len(text_ranks), device=ranks.device) / 2
+    values = {**_summary("i2t", ranks, images, ks), **_summary("t2i", halves, text_ranks, ks)}
+    if text_ids is not None:
+        values.update(deduplicated_recall(image_features, text_features, owner, text_ids, ks))
+    return values
+
+
+def deduplicated_recall(
+    image_features: Tensor,
+    text_features: Tensor,
+    text_image_index: Tensor,
+    text_ids: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, Tensor]:
+    """Recall at k where texts of one id are one and the same text.
+
+    A text finds any image that has a text of its id; an image finds any text whose id one of its own has. Positives
+    never stand in one another's way, and ties count half a rank: where all ids differ it is ``image_text_recall``.
+
+    Args:
+        image_features: Shape (I, D), normalised inside.
+        text_features: Shape (T, D), normalised inside.
+        text_image_index: Shape (T,), the row of the image that each text belongs to. Every image needs a text.
+        text_ids: Shape (T,), int64.
+        ks: The values of k.
+
+    Returns:
+        ``i2t_dedup_R@k`` and ``t2i_dedup_R@k`` for every k, scalars in [0, 1].
+
+    Raises:
+        ValueError: As ``image_text_recall``, or if ``text_ids`` are not whole numbers, one per text.
+
+    Example:
+        >>> features, index = torch.eye(2), torch.tensor([0, 1])
+        >>> deduplicated_recall(features, features.flip(0), index, torch.tensor([5, 5]), ks=(1,))["t2i_dedup_R@1"]
+        tensor(1.)
+    """
+    owner = _checked_owner(image_features, text_features, text_image_index)
+    if text_ids.shape != owner.shape or text_ids.is_floating_point():
+        raise ValueError(
+            f"text_ids: expected int64 of shape {tuple(owner.shape)}, one per text, got {text_ids.dtype} of shape "
+            f"{tuple(text_ids.shape)}."
+        )
+    with full_precision(image_features.device):
+        ranks = deduplicated_ranks(image_features, text_features, owner, text_ids.to(owner.device))
+    named = zip(("i2t", "t2i"), ranks, strict=True)
+    return {f"{name}_dedup_R@{k}": (rank < k).float().mean() for name, rank in named for k in ks}
+
+
+def _checked_owner(image_features: Tensor, text_features: Tensor, text_image_index: Tensor) -> Tensor:
     for name, features in (("image_features", image_features), ("text_features", text_features)):
         _check_features(features, name)
     if image_features.shape[1] != text_features.shape[1]:
@@ -57,11 +116,7 @@ def image_text_recall(
         )
     owner = text_image_index.to(image_features.device, torch.int64)
     _check_owner(owner, len(image_features), len(text_features))
-    with full_precision(image_features.device):
-        image_rank, text_ranks = _ranks(image_features, text_features, owner)
-    ranks, images = image_rank.unique(return_counts=True)
-    halves = torch.arange(len(text_ranks), device=ranks.device) / 2
-    return {**_summary("i2t", ranks, images, ks), **_summary("t2i", halves, text_ranks, ks)}
+    return owner
 
 
 def _check_features(features: Tensor, name: str) -> None:
@@ -205,6 +260,10 @@ class ImageTextRecall(Metric):
                     f"{name}: expected features (N, D) and ids (N,), got {tuple(features.shape)} and "
                     f"{tuple(ids.shape)}."
                 )
+        if text_ids is not None and text_ids.shape != text_image_id.shape:
+            raise ValueError(
+                f"text_ids: expected {tuple(text_image_id.shape)}, one per text, got {tuple(text_ids.shape)}."
+            )
         self.image_features.append(image_features.detach().float())
         self.image_id.append(image_id)
         self.text_features.append(text_features.detach().float())
@@ -231,10 +290,10 @@ class ImageTextRecall(Metric):
         if (ids[index] != texts).any():
             raise ValueError(f"A text belongs to image_id {int(texts[ids[index] != texts][0])}, which never came.")
         image_features, text_features = joined(self.image_features), joined(self.text_features)
-        values = image_text_recall(image_features, text_features, order[index], self.ks)
         same = joined(self.text_ids)
-        if len(same):
-            values.update(deduplicated_recall(image_features, text_features, order[index], same, self.ks))
+        values = image_text_recall(
+            image_features, text_features, order[index], self.ks, text_ids=same if len(same) else None
+        )
         values["num_images"] = torch.tensor(float(len(images)), device=images.device)
         values["num_texts"] = torch.tensor(float(len(texts)), device=images.device)
         return {self.prefix + name: value for name, value in values.items()}
