@@ -58,9 +58,9 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", loss_ranks.CASES)
+@pytest.mark.parametrize("case", loss_ranks.CASES | loss_ranks.GATHERING)
 def test_two_processes_equal_one(ranks, case):
-    loss, trained = loss_ranks.CASES[case]
+    loss, trained = (loss_ranks.CASES | loss_ranks.GATHERING)[case]
     expected = loss_ranks.backward(loss_ranks.TwoTowers(loss, trained), loss_ranks.joined_batch())
     for results in ranks:
         actual = results[case]

@@ -16,7 +16,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gmail_lightning import distributed
-from gmail_lightning.losses import alignment_loss, clip_loss, principal_components, sigmoid_loss
+from gmail_lightning.losses import (
+    alignment_loss,
+    clip_loss,
+    prediction_contrast_loss,
+    principal_components,
+    reciprocal_consistency_loss,
+    sigmoid_loss,
+)
 
 COLLECTIVES = (
     *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single"),
@@ -59,6 +66,29 @@ CASES = {
     "alignment, symmetric, real trained": (
         lambda m, a, b, ids: alignment_loss(a, b, temperature=(-m.scale).exp(), ids=ids, symmetric=True),
         {"second", "scale"},
+    ),
+}
+
+
+def consistency(**settings):
+    def loss(m, a, b, ids):
+        weight = 0.1 + ids / 10
+        return reciprocal_consistency_loss(
+            a, b, (a + b).roll(1, dims=1), logit_scale=3.0, weight=weight, ids=ids, **settings
+        )
+
+    return loss, {"second"}
+
+
+#: Those that do communicate in the backward.
+GATHERING = {
+    "consistency": consistency(),
+    "consistency, no target held": consistency(stop_gradient="none"),
+    "consistency, infonce": consistency(distance="infonce"),
+    "consistency, cosine": consistency(distance="cosine"),
+    "prediction contrast": (
+        lambda m, a, b, ids: prediction_contrast_loss(a, b[:, None], (a - b).roll(2, dims=1)[:, None]),
+        {"second"},
     ),
 }
 
@@ -164,7 +194,7 @@ def main(rank, folder):
     results = {"rank": distributed.rank(), "world_size": distributed.world_size(), "refusal": refusal(rank)}
     results["decided"] = decided
     results["gathered"] = distributed.gather_rows(batch[0].T.contiguous().T)  # strides other than those of rows
-    for name, (loss, trained) in CASES.items():
+    for name, (loss, trained) in (CASES | GATHERING).items():
         results[name] = backward(DistributedDataParallel(TwoTowers(loss, trained)), batch)
     results["control"] = backward(TwoTowers(gather_with_gradient, {"second"}), batch)
     torch.save(results, Path(folder) / f"{rank}.pt")

@@ -111,6 +111,20 @@ def sigmoid_loss(
     return loss
 
 
+def contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None,
+    *,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """``clip_loss``, or ``sigmoid_loss`` where there is a logit bias; arguments as theirs."""
+    if logit_bias is None:
+        return clip_loss(image_features, text_features, logit_scale, ids=ids)
+    return sigmoid_loss(image_features, text_features, logit_scale, logit_bias, ids=ids)
+
+
 class _Sigmoid(torch.autograd.Function):
     """L = 1/N sum_ij softplus(-z_ij l_ij) with l_ij = S_ij + bias and z_ij = 1 for pairs, -1 for all others.
 

@@ -35,7 +35,7 @@ def _fill(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
 
 
 class EarlierWeights:
-    """A copy of parameters as they are now, on the CPU, to compare with, or to mix with, what they become.
+    """A copy of parameters as they are now, on the CPU, to compare with what they become.
 
     Args:
         parameters: What is copied, always in this order.
@@ -45,16 +45,9 @@ class EarlierWeights:
         self.parameters = list(parameters)
         self.values = [p.detach().to("cpu", copy=True) for p in self.parameters]
 
-    def mixed_in(self, share: float) -> AbstractContextManager[None]:
-        """Within it, the parameters hold ``share`` of what they were and ``1 - share`` of what they are.
-
-        Interpolation in weight space: Wortsman et al., arXiv 2109.01903, section 3, whose alpha is ``1 - share``.
-        """
-        mixed = [
-            torch.lerp(p.detach(), value.to(p.device), share)
-            for p, value in zip(self.parameters, self.values, strict=True)
-        ]
-        return holding(self.parameters, mixed)
+    def swapped_in(self) -> AbstractContextManager[None]:
+        """Within it, the parameters hold what they were."""
+        return holding(self.parameters, self.values)
 
 
 class WeightAverage:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from gmail_lightning.losses import alignment_loss, clip_loss, sigmoid_loss
+from gmail_lightning.losses import alignment_loss, contrastive_loss, sigmoid_loss
 from gmail_lightning.metrics import ImageTextRecall, ModalityGap
 from gmail_lightning.models import ImageEncoder, LoRA, ModalityEncoder
 from gmail_lightning.models.base import ImageTower
@@ -203,9 +203,7 @@ class AlignmentTask(EncoderTask):
         with torch.no_grad():
             text_features = self.encoder.encode_text(text)
             scale, bias = self.encoder.logit_scale, self.encoder.logit_bias
-        if bias is None:
-            return clip_loss(image_features, text_features, scale, ids=ids)
-        return sigmoid_loss(image_features, text_features, scale, bias, ids=ids)
+        return contrastive_loss(image_features, text_features, scale, bias, ids=ids)
 
     def build_metrics(self, eval_set: str) -> dict[str, Metric]:
         """The gap, also of the patch tokens where these are trained, and with a text tower the image-text recall."""

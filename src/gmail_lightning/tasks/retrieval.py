@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import Metric
 
-from gmail_lightning.losses import clip_loss, sigmoid_loss
+from gmail_lightning.losses import clip_loss, contrastive_loss
 from gmail_lightning.metrics import ImageTextRecall
 from gmail_lightning.models import DualEncoder
 from gmail_lightning.models.chunks import in_chunks
@@ -101,10 +101,8 @@ class RetrievalTask(EncoderTask):
         return in_chunks(self.encoder.encode_text, text, chunk_size=self.contrastive_chunk_size)
 
     def contrast(self, image_features: Tensor, text_features: Tensor, ids: Tensor) -> Tensor:
-        """``clip_loss``, or ``sigmoid_loss`` where the encoder has a logit bias, of N pairs."""
-        if self.encoder.logit_bias is None:
-            return clip_loss(image_features, text_features, self.scale, ids=ids)
-        return sigmoid_loss(image_features, text_features, self.scale, self.encoder.logit_bias, ids=ids)
+        """``contrastive_loss`` of N pairs."""
+        return contrastive_loss(image_features, text_features, self.scale, self.encoder.logit_bias, ids=ids)
 
     def build_metrics(self, eval_set: str) -> dict[str, Metric]:
         """Recall both ways, of each modality."""

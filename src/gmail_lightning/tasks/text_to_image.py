@@ -158,7 +158,4 @@ class TextToImageTask(BaseTask):
             MisconfigurationException: Naming both pipelines.
         """
         super().on_load_checkpoint(checkpoint)
-        try:
-            check_pipeline(self.generator, checkpoint.get("pipeline", {}))
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+        check_pipeline(self.generator, checkpoint.get("pipeline", {}))

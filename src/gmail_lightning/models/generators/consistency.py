@@ -215,7 +215,7 @@ class ReciprocalConsistency(nn.Module):
             raise ValueError("reading='prediction_contrast' takes captions of other rows, and there is one row.")
         count = min(self.negatives, rows - 1)
         shifts = (torch.randperm(rows - 1, generator=draws)[:count] + 1).tolist()
-        others = [torch.arange(rows).roll(-shift).to(seen.text.device, non_blocking=True) for shift in shifts]
+        others = [torch.arange(rows, device=seen.text.device).roll(-shift) for shift in shifts]
         weaker = (seen.context + seen.empty_context) / 2
         contexts = torch.cat([seen.context, weaker, *(seen.context[other] for other in others)])
         contexts = contexts.detach() if self.stop_gradient == "clip" else contexts

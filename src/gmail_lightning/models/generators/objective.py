@@ -245,13 +245,13 @@ def drop_prompts(text: Tensor, empty: Tensor, share: float, draws: torch.Generat
     """Puts the empty prompt in the place of some rows, which classifier-free guidance needs (arXiv 2207.12598).
 
     Args:
-        text: Token ids, shape (B, L).
-        empty: Those of the empty prompt, shape (1, L).
+        text: Token ids, shape (B, L), or what the UNet attends to, shape (B, L, W).
+        empty: The same of the empty prompt, shape (1, ...).
         share: Of the rows, on average.
         draws: On the CPU.
 
     Returns:
-        Shape (B, L).
+        As ``text``.
     """
     dropped = sent_to(text.device, torch.rand(len(text), generator=draws) < share)
-    return torch.where(dropped[:, None], empty, text)
+    return torch.where(dropped.view(-1, *[1] * (text.ndim - 1)), empty, text)

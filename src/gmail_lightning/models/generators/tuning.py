@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from gmail_lightning.models.generators.diffusion import DiffusersGenerator
@@ -76,11 +77,11 @@ def check_pipeline(generator: DiffusersGenerator, recorded: dict[str, Any]) -> N
     """Refuses a checkpoint that leans on another pipeline.
 
     Raises:
-        ValueError: Naming both.
+        MisconfigurationException: Naming both.
     """
     own = pipeline_record(generator)
     if recorded.get("revision") != own["revision"]:
-        raise ValueError(
+        raise MisconfigurationException(
             f"The checkpoint was trained on {recorded.get('generator')} at {recorded.get('revision')}, but the "
             f"generator is {own['generator']} at {own['revision']}. Give the pipeline it started from."
         )

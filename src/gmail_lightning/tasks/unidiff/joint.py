@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -71,8 +70,6 @@ class JointTask(EncoderTask):
             share_text_tower(generator, self.encoder)
         #: The CLIP as it was; evaluation says how far it has moved.
         self.earlier = EarlierWeights([])
-        #: Share of what the CLIP was in what is evaluated; see ``callbacks.WeightInterpolation``.
-        self.earlier_share = 0.0
         self._classes: dict[str, Classes] = {}  # of the evaluation sets that have some
         self._embeddings: dict[str, Tensor] = {}  # of these classes, in the evaluation that is running
 
@@ -124,15 +121,6 @@ class JointTask(EncoderTask):
 
     # Evaluation
 
-    def averaged_weights(self) -> AbstractContextManager[None]:
-        """Within it, what trains holds its average, and the CLIP ``earlier_share`` of what it was."""
-        if not self.earlier_share:
-            return super().averaged_weights()
-        both = ExitStack()
-        both.enter_context(super().averaged_weights())
-        both.enter_context(self.earlier.mixed_in(self.earlier_share))
-        return cast(AbstractContextManager[None], both)
-
     def build_metrics(self, eval_set: str) -> dict[str, Metric]:
         """Of both abilities, and of what the features have become."""
         built: dict[str, Metric] = {
@@ -167,7 +155,7 @@ class JointTask(EncoderTask):
         update_recall(metrics, images, texts, batch, same_texts=True)
         real = batch["modality"] == Modality.REAL
         first = torch.searchsorted(batch["text_row"], torch.arange(len(images), device=images.device))
-        with self.earlier.mixed_in(1.0):
+        with self.earlier.swapped_in():
             earlier = self.encode_images(batch)[real], self.encoder.encode_text(batch["text"][first])[real]
         metrics["image_spread"].update(images[real], earlier[0])
         metrics["text_spread"].update(texts[first][real], earlier[1])
@@ -211,7 +199,4 @@ class JointTask(EncoderTask):
             MisconfigurationException: Naming both pipelines.
         """
         super().on_load_checkpoint(checkpoint)
-        try:
-            check_pipeline(self.generator, checkpoint.get("pipeline", {}))
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+        check_pipeline(self.generator, checkpoint.get("pipeline", {}))

@@ -24,7 +24,7 @@ class SynthesisScore(nn.Module):
 
     Args:
         scorer: A CLIP other than the one that is trained.
-        num_images: Of each set; None makes one for every row.
+        num_images: For the real ones among so many first rows of each set; None: for every real row.
         stages: ``val`` and ``test``, or ``test`` alone.
     """
 

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from gmail_lightning.distributed import world_size
-from gmail_lightning.losses import clip_loss, sigmoid_loss
+from gmail_lightning.losses import contrastive_loss
 from gmail_lightning.losses.conflict import gradient_cosines
 from gmail_lightning.models import DualEncoder
 from gmail_lightning.models.averaging import WeightAverage
@@ -20,6 +20,7 @@ from gmail_lightning.models.branches.routing import ModalityIndex
 from gmail_lightning.models.encoders.logit_scale import CAP, capped_scale, hold_cap
 from gmail_lightning.models.generators.consistency import ReciprocalConsistency, Seen
 from gmail_lightning.models.generators.diffusion import DiffusersGenerator
+from gmail_lightning.models.generators.objective import drop_prompts
 from gmail_lightning.tasks.encoder_task import image_index
 from gmail_lightning.tasks.unidiff.joint import JointTask
 from gmail_lightning.tasks.unidiff.parts import How, Part, open_parts
@@ -131,18 +132,13 @@ class UniDiffTask(JointTask):
         if self.contrast_weight:
             image_features = self.encode_images(batch)
             rows = self._rows(batch, "contrast")
-            ids = batch["image_id"]
-            chosen = (
-                (image_features, text_features, ids)
-                if rows is None
-                else (image_features[rows], text_features[rows], ids[rows])
-            )
-            losses["contrast"] = self._contrast(*chosen)
+            pairs = image_features, text_features, batch["image_id"]
+            image, text, ids = pairs if rows is None else (each[rows] for each in pairs)
+            losses["contrast"] = contrastive_loss(image, text, self.scale, self.encoder.logit_bias, ids=ids)
             losses["logit_scale"] = self.scale
         if self.synthesis_weight:
             noised = self.objective.draw(self.generator.encode_pixels(self._pixels(batch), draws), draws)
-            dropped = torch.rand(len(context), generator=draws).lt(self.prompt_dropout).to(context.device)
-            prompts = torch.where(dropped[:, None, None], empty, context)
+            prompts = drop_prompts(context, empty, self.prompt_dropout, draws)
             denoised = self.objective.denoise(noised, prompts, middle=self.consistency.in_synthesis_pass)
             rows = self._rows(batch, "synthesis")
             of_rows = noised if rows is None else noised.of_rows(rows)
@@ -168,10 +164,9 @@ class UniDiffTask(JointTask):
         return {"loss": total, **losses}
 
     def _require_rows(self, batch: ImageTextBatch) -> None:
-        contrasted = self.contrast_weight > 0
         rows = self._rows(batch, "contrast")
         count = (len(batch["modality"]) if rows is None else len(rows)) * world_size()
-        if contrasted and count < 2:
+        if self.contrast_weight and count < 2:
             raise MisconfigurationException(
                 f"The contrastive term has {count} row in the batch, where it is zero whatever the model says: raise "
                 "data.batch_size, or set contrast_weight=0."
@@ -185,11 +180,6 @@ class UniDiffTask(JointTask):
     def scale(self) -> Tensor:
         """The encoder's logit scale; that of a CLIP capped."""
         return capped_scale(self.encoder, CAP)
-
-    def _contrast(self, image_features: Tensor, text_features: Tensor, ids: Tensor) -> Tensor:
-        if self.encoder.logit_bias is None:
-            return clip_loss(image_features, text_features, self.scale, ids=ids)
-        return sigmoid_loss(image_features, text_features, self.scale, self.encoder.logit_bias, ids=ids)
 
     def _consistency(self, seen: Seen, batch: ImageTextBatch, draws: torch.Generator) -> Tensor:
         index = image_index(batch)
