@@ -13,7 +13,15 @@ from tiny_encoders import routed
 from tiny_pipelines import build
 from tiny_tasks import emoji_data, quiet_trainer, tiny_encoder
 
-from gmail_lightning.models import ClipCap, DiffusersGenerator, FullCopy, Llava, ModalityEncoder, OpenCLIPEncoder
+from gmail_lightning.models import (
+    ClipCap,
+    DiffusersGenerator,
+    FullCopy,
+    Llava,
+    ModalityEncoder,
+    OpenCLIPEncoder,
+    ReciprocalConsistency,
+)
 from gmail_lightning.tasks import (
     AlignmentTask,
     BaseTask,
@@ -22,6 +30,7 @@ from gmail_lightning.tasks import (
     LongRetrievalTask,
     RetrievalTask,
     TextToImageTask,
+    UniDiffTask,
     ZeroShotClassificationTask,
 )
 
@@ -93,6 +102,26 @@ def test_a_training_step_of_a_generator_reads_nothing(tmp_path: Path) -> None:
     counted = CountSyncs()
     quiet_trainer(tmp_path, callbacks=[counted], max_steps=2, limit_val_batches=0, log_every_n_steps=50).fit(
         TextToImageTask(generator, train_text_encoder=True), emoji_data(batch_size=4)
+    )
+    assert counted.found == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reading", ["none", "feature", "reciprocal_kl", "image", "prediction_contrast"])
+def test_a_joint_training_step_reads_nothing(reading: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = CountSyncs()
+    for module in ("info_nce", "tiled"):
+        monkeypatch.setattr(f"gmail_lightning.losses.{module}.reads_are_free", counted.is_on_host)
+    generator = DiffusersGenerator("emoji", num_inference_steps=2)
+    task = UniDiffTask(
+        OpenCLIPEncoder(pretrained="emoji"),
+        generator,
+        ReciprocalConsistency(reading, timesteps=(0, 900)),
+        generated_rows=["synthesis"],
+    )
+    settings: dict[str, Any] = {"max_steps": 2, "limit_val_batches": 0, "log_every_n_steps": 50}
+    quiet_trainer(tmp_path, callbacks=[counted], gradient_clip_val=1.0, **settings).fit(
+        task, emoji_data(mode="mixture", generated_fraction=0.5)
     )
     assert counted.found == []
 
