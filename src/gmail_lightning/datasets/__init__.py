@@ -4,6 +4,7 @@ from gmail_lightning.datasets.base import DataError, ImageDecodeError, ImageText
 from gmail_lightning.datasets.classification import ClassificationDataset
 from gmail_lightning.datasets.coco import CocoCaptions
 from gmail_lightning.datasets.emoji import EmojiDataset
+from gmail_lightning.datasets.fashion_mnist import FashionMNIST
 from gmail_lightning.datasets.features import FeatureStore
 from gmail_lightning.datasets.flickr30k import Flickr30k
 from gmail_lightning.datasets.image_folder import ImageFolder
@@ -18,6 +19,7 @@ __all__ = [
     "CocoCaptions",
     "DataError",
     "EmojiDataset",
+    "FashionMNIST",
     "FeatureStore",
     "Filter",
     "Flickr30k",
