@@ -1,4 +1,4 @@
-"""Takes one branch away: a folder that plain open_clip loads, without this library."""
+"""Takes one branch away: a folder that plain open_clip or transformers loads, without this library."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from gmail_lightning.export.forms import FORMS, CLIPEncoder, Form
 from gmail_lightning.models.base import ImageEncoder
 from gmail_lightning.models.branches.branch import Branch
 from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference
@@ -15,7 +16,8 @@ from gmail_lightning.models.branches.first_edition import converted
 from gmail_lightning.models.branches.lora import lora_blocks, merged_state
 from gmail_lightning.models.branches.modality import ModalityEncoder
 from gmail_lightning.models.branches.record import KEY, build_encoder, find_checkpoint
-from gmail_lightning.models.encoders.open_clip import OpenCLIPEncoder, save_open_clip
+from gmail_lightning.models.encoders.hf_clip import HFCLIPEncoder
+from gmail_lightning.models.encoders.open_clip import OpenCLIPEncoder
 from gmail_lightning.models.weights import plain_names
 
 
@@ -23,14 +25,16 @@ def export_checkpoint(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    to: Literal["open_clip"] = "open_clip",
+    to: Form = "open_clip",
     branch: Literal["generated", "real"] = "generated",
     encoder: ImageEncoder | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
 ) -> None:
     """Merges one branch of a checkpoint, and its text side, into one model and writes it as a folder.
 
-    ``open_clip.create_model("local-dir:<out>")`` then gives the features of that branch. After an alignment it is the
+    ``open_clip.create_model("local-dir:<out>")``, or ``transformers.CLIPModel.from_pretrained(out)`` with its
+    ``AutoProcessor``, then gives the features of that branch. An encoder of either library goes to either form, where
+    the other has such a model. After an alignment it is the
     generated one; those of the real branch are the plain encoder's, which needs no export. After a task that trained a
     text side it is rather the real one. A checkpoint without branches, such as that of a pre-training, is written as it
     is.
@@ -38,39 +42,34 @@ def export_checkpoint(
     Args:
         checkpoint: Lightning checkpoint of a task, or a folder: the newest ``checkpoints/last.ckpt`` below it.
         out: Folder to write; it must be new or empty.
-        to: Form of the export.
+        to: Form of the export: ``open_clip``, or ``hf_clip``, a CLIP of transformers.
         branch: Branch of the image tower.
         encoder: The plain encoder that the task was trained on, where the checkpoint does not record it. It is changed.
         dtype: Precision of the written weights.
 
     Raises:
         FileExistsError: If ``out`` exists and holds something.
-        ValueError: If the encoder is not one of open_clip, a projection cannot be folded into it, or the checkpoint
-            does not load.
+        ValueError: If the encoder is none of the two, has no such form (the message says by what), a projection cannot
+            be folded into it, or the checkpoint does not load.
     """
     folder = Path(out)
-    if to != "open_clip":
-        raise ValueError(f"to={to!r}: only open_clip is known.")
+    if to not in FORMS:
+        raise ValueError(f"to={to!r}: only {' and '.join(FORMS)} are known.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: give a new folder.")
     if branch not in ("generated", "real"):
         raise ValueError(f"branch={branch!r}: give generated or real.")
     plain, state = _merged(find_checkpoint(checkpoint) or checkpoint, encoder, branch)
-    state = {
-        key: value.to(getattr(torch, dtype)) if value.is_floating_point() else value for key, value in state.items()
-    }
-    save_open_clip(folder, plain.model_config, plain.preprocess_config, state, plain.merges)
-    if hasattr(plain.tokenizer, "save_pretrained"):  # open_clip looks for a Hugging Face tokenizer in the folder
-        plain.tokenizer.save_pretrained(folder)
+    FORMS[to](plain, state, folder, getattr(torch, dtype))
 
 
-def _merged(path: str | Path, encoder: ImageEncoder | None, branch: str) -> tuple[OpenCLIPEncoder, dict[str, Tensor]]:
-    """Returns the encoder of a checkpoint and the state dict of its open_clip model, adapters merged."""
+def _merged(path: str | Path, encoder: ImageEncoder | None, branch: str) -> tuple[CLIPEncoder, dict[str, Tensor]]:
+    """Returns the encoder of a checkpoint and the state dict of the model in it, adapters merged."""
     content = converted(torch.load(path, map_location="cpu", weights_only=True))
     held = plain_names(content.get("state_dict", {}))
     if KEY in content:
         branches = ModalityEncoder.from_checkpoint(path, encoder)
-        plain = _open_clip(branches.plain, path)
+        plain = _clip(branches.plain, path)
         adapted = branches.branch is not None and (branch == "generated" or branches.real_path == "adapted")
         state = cast(Branch, branches.branch).merged() if adapted else _without_branch(plain)
         projection = branches.real_projection if branch == "real" else branches.generated_projection
@@ -80,7 +79,7 @@ def _merged(path: str | Path, encoder: ImageEncoder | None, branch: str) -> tupl
             _fold_text(state, branches.text_side_projection.weight.detach())
         return plain, state
     recorded = content.get("hyper_parameters", {}).get("encoder")
-    plain = _open_clip(build_encoder(recorded, path, ModalityEncoder) if encoder is None else encoder, path)
+    plain = _clip(build_encoder(recorded, path, ModalityEncoder) if encoder is None else encoder, path)
     trained = {key.removeprefix("encoder."): value for key, value in held.items() if key.startswith("encoder.")}
     missing, unknown = plain.load_state_dict(trained, strict=False)
     if unknown or not trained:
@@ -93,10 +92,10 @@ def _merged(path: str | Path, encoder: ImageEncoder | None, branch: str) -> tupl
         difference = fingerprint_difference(base, fingerprint(plain, base["towers"]))
         if difference is not None:
             raise ValueError(f"{path}: trained on another base than this encoder: {difference}.")
-    return plain, plain.model.state_dict()
+    return plain, plain.wrapped.state_dict()
 
 
-def _without_branch(plain: OpenCLIPEncoder) -> dict[str, Tensor]:
+def _without_branch(plain: CLIPEncoder) -> dict[str, Tensor]:
     """The plain image tower, beside the text tower as it was trained."""
     for roles in lora_blocks(plain).values():
         for factors in roles.values():
@@ -104,19 +103,16 @@ def _without_branch(plain: OpenCLIPEncoder) -> dict[str, Tensor]:
     return merged_state(plain)
 
 
-def _open_clip(encoder: ImageEncoder, path: str | Path) -> OpenCLIPEncoder:
-    if not isinstance(encoder, OpenCLIPEncoder):
-        raise ValueError(f"{path} holds a {type(encoder).__name__}; to='open_clip' needs an OpenCLIPEncoder.")
+def _clip(encoder: ImageEncoder, path: str | Path) -> CLIPEncoder:
+    if not isinstance(encoder, (OpenCLIPEncoder, HFCLIPEncoder)):
+        raise ValueError(f"{path} holds a {type(encoder).__name__}; export needs an OpenCLIPEncoder or HFCLIPEncoder.")
     return encoder
 
 
 def _fold(state: dict[str, Tensor], projection: Tensor) -> None:
-    """Multiplies the projection D to D, features @ projection.T, into the tower's own last matrix."""
-    if "visual.proj" in state:  # features = pooled @ proj
-        state["visual.proj"] = state["visual.proj"] @ projection.T
-    elif "visual.head.proj.weight" in state and "visual.head.proj.bias" not in state:  # timm: a Linear without bias
-        state["visual.head.proj.weight"] = projection @ state["visual.head.proj.weight"]
-    else:
+    """Multiplies the projection D to D, features @ projection.T, into the image tower's own last matrix."""
+    # open_clip: pooled @ proj. timm and transformers: a Linear.
+    if not _folded(state, projection, ("visual.proj",), ("visual.head.proj", "visual_projection")):
         raise ValueError(
             "The projection of the images cannot be folded: this tower does not end in a matrix without bias. "
             "Export a run with projection: false and real_path: frozen."
@@ -124,12 +120,23 @@ def _fold(state: dict[str, Tensor], projection: Tensor) -> None:
 
 
 def _fold_text(state: dict[str, Tensor], projection: Tensor) -> None:
-    """As ``_fold``, for the text tower of open_clip."""
-    for key in ("text_projection", "text.text_projection"):  # features = pooled @ text_projection
-        if key in state:
-            state[key] = state[key] @ projection.T
-            return
-    raise ValueError(
-        "The projection of the texts cannot be folded: this text tower does not end in a matrix without bias. Export a "
-        "run with text_side: lora or full."
-    )
+    """As ``_fold``, for the text tower."""
+    names = ("text_projection", "text.text_projection")
+    if not _folded(state, projection, names, names):
+        raise ValueError(
+            "The projection of the texts cannot be folded: this text tower does not end in a matrix without bias. "
+            "Export a run with text_side: lora or full."
+        )
+
+
+def _folded(state: dict[str, Tensor], projection: Tensor, matrices: tuple[str, ...], linears: tuple[str, ...]) -> bool:
+    """Folds into the first of the matrices (pooled @ matrix) or linear layers that there is; False: there is none."""
+    for name in matrices:
+        if name in state:
+            state[name] = state[name] @ projection.T
+            return True
+    for name in linears:
+        if f"{name}.weight" in state and f"{name}.bias" not in state:
+            state[f"{name}.weight"] = projection @ state[f"{name}.weight"]
+            return True
+    return False
