@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from gmail_lightning.export.forms import FORMS, CLIPEncoder, Form
-from gmail_lightning.models.base import ImageEncoder
+from gmail_lightning.models.averaging import stored_average
+from gmail_lightning.models.base import ImageEncoder, Tower
 from gmail_lightning.models.branches.branch import Branch
 from gmail_lightning.models.branches.fingerprint import fingerprint, fingerprint_difference
 from gmail_lightning.models.branches.first_edition import converted
-from gmail_lightning.models.branches.lora import lora_blocks, merged_state
+from gmail_lightning.models.branches.lora import add_lora, lora_blocks, merged_state
 from gmail_lightning.models.branches.modality import ModalityEncoder
 from gmail_lightning.models.branches.record import KEY, build_encoder, find_checkpoint
 from gmail_lightning.models.encoders.hf_clip import HFCLIPEncoder
@@ -37,7 +39,8 @@ def export_checkpoint(
     the other has such a model. After an alignment it is the
     generated one; those of the real branch are the plain encoder's, which needs no export. After a task that trained a
     text side it is rather the real one. A checkpoint without branches, such as that of a pre-training, is written as it
-    is.
+    is, LoRA merged. Where a checkpoint holds an average of the weights that a step has gone into, the average is
+    written, which is what the task evaluates.
 
     Args:
         checkpoint: Lightning checkpoint of a task, or a folder: the newest ``checkpoints/last.ckpt`` below it.
@@ -66,9 +69,11 @@ def export_checkpoint(
 def _merged(path: str | Path, encoder: ImageEncoder | None, branch: str) -> tuple[CLIPEncoder, dict[str, Tensor]]:
     """Returns the encoder of a checkpoint and the state dict of the model in it, adapters merged."""
     content = converted(torch.load(path, map_location="cpu", weights_only=True))
-    held = plain_names(content.get("state_dict", {}))
+    average = _of_encoder(stored_average(content))
     if KEY in content:
         branches = ModalityEncoder.from_checkpoint(path, encoder)
+        if unknown := branches.load_state_dict(average, strict=False).unexpected_keys:
+            raise ValueError(f"{path}: ema averages {unknown[:4]}, which its encoder has not.")
         plain = _clip(branches.plain, path)
         adapted = branches.branch is not None and (branch == "generated" or branches.real_path == "adapted")
         state = cast(Branch, branches.branch).merged() if adapted else _without_branch(plain)
@@ -80,7 +85,8 @@ def _merged(path: str | Path, encoder: ImageEncoder | None, branch: str) -> tupl
         return plain, state
     recorded = content.get("hyper_parameters", {}).get("encoder")
     plain = _clip(build_encoder(recorded, path, ModalityEncoder) if encoder is None else encoder, path)
-    trained = {key.removeprefix("encoder."): value for key, value in held.items() if key.startswith("encoder.")}
+    trained = _of_encoder(plain_names(content.get("state_dict", {}))) | average
+    _open_lora(plain, trained, content.get("hyper_parameters", {}).get("train"))
     missing, unknown = plain.load_state_dict(trained, strict=False)
     if unknown or not trained:
         raise ValueError(f"{path}: not a checkpoint of this encoder (unknown: {unknown[:4]}, loaded: {len(trained)}).")
@@ -92,7 +98,21 @@ def _merged(path: str | Path, encoder: ImageEncoder | None, branch: str) -> tupl
         difference = fingerprint_difference(base, fingerprint(plain, base["towers"]))
         if difference is not None:
             raise ValueError(f"{path}: trained on another base than this encoder: {difference}.")
-    return plain, plain.wrapped.state_dict()
+    return plain, merged_state(plain)
+
+
+def _of_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
+
+
+def _open_lora(plain: CLIPEncoder, trained: Mapping[str, Tensor], how: Mapping[str, Any] | None) -> None:
+    """Adds the LoRA that ``UniDiffTask`` trains by its argument ``train``: a rank for each tower, and alpha as much."""
+    towers: tuple[tuple[str, Tower], ...] = (("vision", "image"), ("text", "text"))
+    for part, tower in towers:
+        rank = (how or {}).get(part)
+        adapted = any(key.startswith(f"lora.{tower}.") for key in trained)
+        if isinstance(rank, int) and adapted and not lora_blocks(plain, tower):
+            add_lora(plain, rank=rank, alpha=float(rank), tower=tower)
 
 
 def _without_branch(plain: CLIPEncoder) -> dict[str, Tensor]:
