@@ -140,5 +140,5 @@ def stored_average(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         return {}
     names, values = average["names"], average["shadow_params"]
     if len(names) != len(values):
-        raise ValueError(f"ema: {len(names)} names for {len(values)} averaged tensors: give a checkpoint that is whole.")
+        raise ValueError(f"ema: {len(names)} names for {len(values)} averaged tensors: give a whole checkpoint.")
     return dict(zip(names, values, strict=True))
