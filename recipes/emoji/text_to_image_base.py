@@ -6,19 +6,18 @@ Run:  python recipes/emoji/text_to_image_base.py SCORER OUT
 Needs: one CPU core, a quarter of an hour. Both parts come from the drawings of the other hands alone, never from Noto.
 """
 
-import gzip
-import json
 import sys
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from open_clip.tokenizer import bytes_to_unicode
-from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from gmail_lightning.datasets import EmojiDataset
+from gmail_lightning.models import OpenCLIPEncoder
+from gmail_lightning.models.encoders.byte_pairs import clip_tokenizer, read_byte_pairs
+from gmail_lightning.models.encoders.conversion import clip_text_model
 from gmail_lightning.transforms import resize
 from gmail_lightning.types import ImageSpec
 
@@ -63,56 +62,15 @@ def train_autoencoder() -> AutoencoderTiny:
 
 
 def convert_text_tower(scorer: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """The text tower of an open_clip folder as transformers' CLIPTextModel, with its vocabulary."""
-    config = json.loads((scorer / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
-    weights = load_file(scorer / "open_clip_model.safetensors")
-    state = {
-        "embeddings.token_embedding.weight": weights["token_embedding.weight"],
-        "embeddings.position_embedding.weight": weights["positional_embedding"],
-        "final_layer_norm.weight": weights["ln_final.weight"],
-        "final_layer_norm.bias": weights["ln_final.bias"],
-    }
-    names = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
-    names |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    for i in range(config["layers"]):
-        old, new = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
-        for kind in ("weight", "bias"):
-            parts = weights[f"{old}.attn.in_proj_{kind}"].chunk(3)
-            state |= {f"{new}.self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", parts, strict=True)}
-            state |= {f"{new}.{theirs}.{kind}": weights[f"{old}.{ours}.{kind}"] for ours, theirs in names.items()}
-    end = config["vocab_size"] - 1
-    model = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["width"],
-            intermediate_size=4 * config["width"],
-            num_hidden_layers=config["layers"],
-            num_attention_heads=config["heads"],
-            max_position_embeddings=config["context_length"],
-            hidden_act="gelu",
-            bos_token_id=end - 1,
-            eos_token_id=end,
-            pad_token_id=0,
-        )
-    )
-    own = {key.removeprefix("text_model.") for key in model.state_dict()}
-    prefix = "text_model." if any(key.startswith("text_model.") for key in model.state_dict()) else ""
-    assert own - {"embeddings.position_ids"} == set(state), own ^ set(state)
-    model.load_state_dict({prefix + key: value.float() for key, value in state.items()})
-
-    merges = gzip.decompress((scorer / "merges.txt.gz").read_bytes()).decode().split("\n")[1:]
-    merges = [merge for merge in merges if merge][: config["vocab_size"] - 512 - 2]
-    letters = list(bytes_to_unicode().values())
-    vocabulary = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge.split()) for merge in merges)]
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    """The text tower of an open_clip folder as transformers' CLIPTextModel, with its vocabulary, filled up with 0."""
+    encoder = OpenCLIPEncoder(pretrained=str(scorer))
+    pairs = read_byte_pairs(encoder.merges)
+    vocabulary = clip_tokenizer(pairs, encoder.text_spec.context_length).get_vocab()
     tokenizer = CLIPTokenizer(
-        vocab={token: number for number, token in enumerate(vocabulary)},
-        merges=[tuple(merge.split()) for merge in merges],
-        pad_token="!",
-        model_max_length=config["context_length"],
+        vocab=vocabulary, merges=pairs, pad_token="!", model_max_length=encoder.text_spec.context_length
     )
-    assert len(tokenizer) == config["vocab_size"]
-    return model, tokenizer
+    assert len(tokenizer) == encoder.tokenizer.vocab_size
+    return clip_text_model(encoder), tokenizer
 
 
 def main(scorer: Path, out: Path) -> None:

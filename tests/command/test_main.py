@@ -230,6 +230,7 @@ def test_untrained_on_purpose(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_pretraining_then_export_loads_in_plain_open_clip(tmp_path: Path) -> None:
     import open_clip
+    from transformers import CLIPModel
 
     assert status(["fit", *PRETRAIN, "--trainer.default_root_dir", str(tmp_path / "pre")]) == 0
     checkpoint = tmp_path / "pre/checkpoints/last.ckpt"
@@ -238,6 +239,9 @@ def test_pretraining_then_export_loads_in_plain_open_clip(tmp_path: Path) -> Non
     task = RetrievalTask.load_from_checkpoint(checkpoint)
     assert torch.equal(plain.visual.proj, task.encoder.encoder.model.visual.proj)
     assert torch.equal(plain.token_embedding.weight, task.encoder.encoder.model.token_embedding.weight)
+    assert status(["export", str(checkpoint), "--to", "hf_clip", "--out", str(tmp_path / "hf")]) == 0
+    hf = CLIPModel.from_pretrained(tmp_path / "hf")
+    assert torch.equal(hf.visual_projection.weight, plain.visual.proj.T)
     assert status(["export", str(checkpoint), "--out", str(tmp_path / "clip")]) == 2
 
 

@@ -113,6 +113,23 @@ def test_faults_of_a_text_tower() -> None:
 
     assert "one positive number" in faults(check_encoder, Cold(config=TINY, merges="emoji"))
 
+    class Apart(OpenCLIPEncoder):
+        def text_features_and_tokens(self, text):
+            features, tokens = super().text_features_and_tokens(text)
+            return features, tokens + 1
+
+    told = faults(check_encoder, Apart(config=TINY, merges="emoji"))
+    assert "text_features_and_tokens gives other values than text_tokens" in told
+    assert "than encode_text" not in told
+
+    class Pooled(OpenCLIPEncoder):
+        def text_tokens(self, text):
+            return super().text_tokens(text)[:, :1]
+
+    assert "text_tokens returns shape (3, 1, 16) for ids (3, 16)" in faults(
+        check_encoder, Pooled(config=TINY, merges="emoji")
+    )
+
 
 def test_faults_of_lora_targets() -> None:
     class Elsewhere(OpenCLIPEncoder):

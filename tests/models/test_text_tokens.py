@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from gmail_lightning.models import ModalityEncoder
+from gmail_lightning.models.encoders.hf_tower import tower_layers
+from gmail_lightning.models.encoders.open_clip_loading import transformer_blocks
 
 TEXTS = ["a red hand", "cat", "the quick brown fox by the river " * 4]
 
@@ -91,6 +93,42 @@ def test_they_train_the_tower_and_know_their_length(kind: str, tiny) -> None:
     with torch.no_grad():
         routed = ModalityEncoder(encoder, text_side="projection")
         assert torch.equal(routed.text_tokens(ids), encoder.text_tokens(ids))
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "timm", "hf_clip", "hf_siglip"])
+def test_features_and_tokens_come_of_one_pass(kind: str, tiny) -> None:
+    encoder = tiny(kind)
+    ids = encoder.text_spec.encode(TEXTS)
+    blocks = tower_layers(encoder.model, "text") if "hf" in kind else transformer_blocks(encoder.model, "text")
+    runs: list[int] = []
+    blocks[0].register_forward_hook(lambda *_: runs.append(1))
+    features, tokens = encoder.text_features_and_tokens(ids)
+    assert len(runs) == 1
+    torch.testing.assert_close(features, encoder.encode_text(ids), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(tokens, encoder.text_tokens(ids), rtol=1e-6, atol=1e-6)
+    encoder.double()  # in which the order of sums does not show
+    trained = [p for p in encoder.text_parameters() if p.numel() > 1]
+    features, tokens = encoder.text_features_and_tokens(ids)
+    together = torch.autograd.grad(features.square().sum() + tokens.sin().sum(), trained)
+    apart = encoder.encode_text(ids).square().sum() + encoder.text_tokens(ids).sin().sum()
+    for one, other in zip(together, torch.autograd.grad(apart, trained), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert [tuple(part.shape) for part in encoder.text_features_and_tokens(ids[:0])] == [
+        (0, encoder.embed_dim),
+        (0, 16, 64),
+    ]
+    with pytest.raises(ValueError, match=r"shape \(3, 9\), but this text tower has context length 16"):
+        encoder.text_features_and_tokens(ids[:, :9])
+
+
+def test_a_projection_of_the_text_side_acts_on_the_features_alone(tiny) -> None:
+    router = ModalityEncoder(tiny(), text_side="projection")
+    torch.nn.init.normal_(router.text_side_projection.weight)
+    ids = router.text_spec.encode(TEXTS)
+    features, tokens = router.text_features_and_tokens(ids)
+    torch.testing.assert_close(features, router.encode_text(ids), rtol=1e-6, atol=1e-6)
+    assert (features - router.plain.encode_text(ids)).abs().max() > 0.1
+    torch.testing.assert_close(tokens, router.plain.text_tokens(ids), rtol=1e-6, atol=1e-6)
 
 
 def test_an_encoder_without_them_says_so(tiny) -> None:

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, get_args, get_type_hints
 
 EPILOG = """beside them:
-  export CHECKPOINT --to open_clip --out DIR   write the trained encoder as a model that plain open_clip loads
+  export CHECKPOINT --to open_clip --out DIR   write the trained encoder for plain open_clip, or hf_clip: transformers
   repair DIR --encoder NAME                    choose a better image for each caption of a generated data set (SynC)
   recipes list | copy NAME [TARGET]            show or copy the recipes that ship with the package
   doctor                                       say what is installed, and what this machine can do

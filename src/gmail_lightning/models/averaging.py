@@ -117,3 +117,21 @@ class WeightAverage:
         for value, kept in zip(stored, self.average, strict=True):
             kept.copy_(value)
         self.steps = int(state["optimization_step"])
+
+
+def stored_average(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The averaged tensors of a task's checkpoint, by their names in the task's state; none before the first step.
+
+    Args:
+        checkpoint: Content of the file; under ``ema`` it has what ``state_dict`` gave, and ``names``.
+
+    Raises:
+        ValueError: If the average has not one tensor for each name.
+    """
+    average = checkpoint.get("ema", {})
+    if "names" not in average or int(average["optimization_step"]) < 1:
+        return {}
+    names, values = average["names"], average["shadow_params"]
+    if len(names) != len(values):
+        raise ValueError(f"ema: {len(names)} names for {len(values)} averaged tensors: give a whole checkpoint.")
+    return dict(zip(names, values, strict=True))

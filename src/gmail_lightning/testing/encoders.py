@@ -83,9 +83,25 @@ def _text_faults(encoder: DualEncoder) -> Iterator[str]:
     yield from faults
     if not faults:
         yield from _feature_faults("encode_text", features, encoder, lambda rows: encoder.encode_text(text[rows]))
+        yield from _text_token_faults(encoder, text, features)
     scale = encoder.logit_scale.detach()
     if scale.numel() != 1 or not float(scale) > 0:
         yield f"logit_scale is {scale.tolist()}: return one positive number, already exponentiated."
+
+
+def _text_token_faults(encoder: DualEncoder, text: Tensor, features: Tensor) -> Iterator[str]:
+    """Of an encoder that has ``text_tokens``, which is no duty."""
+    try:
+        tokens = encoder.text_tokens(text).detach()
+    except NotImplementedError:
+        return
+    if tokens.ndim != 3 or tokens.shape[:2] != text.shape:
+        yield f"text_tokens returns shape {tuple(tokens.shape)} for ids {tuple(text.shape)}: one row for each id."
+    both, faults = outcome("text_features_and_tokens", lambda: encoder.text_features_and_tokens(text))
+    yield from faults
+    for name, alone, together in zip(("encode_text", "text_tokens"), (features, tokens), both or (), strict=False):
+        if together.shape != alone.shape or not torch.allclose(together.detach(), alone, rtol=1e-4, atol=1e-5):
+            yield f"text_features_and_tokens gives other values than {name}: return what the two give by themselves."
 
 
 def _lora_faults(encoder: ImageEncoder, image: Tensor) -> Iterator[str]:

@@ -55,7 +55,7 @@ class HFCLIPEncoder(DualEncoder):
             raise ValueError("HFCLIPEncoder needs either model, or config together with tokenizer.")
         settings, built, words, pixels = _load(model, config, cast(str, tokenizer or model))
         super().__init__(pixels["mean"], pixels["std"])
-        self.model, self.config = built, settings
+        self.model, self.config, self.tokenizer = built, settings, words
         self.pretrained = model is not None
         act = settings.vision_config.hidden_act
         self.activation = ACTIVATIONS.get(act, act)
