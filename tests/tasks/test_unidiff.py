@@ -12,11 +12,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_pipelines import build
 from torch import Tensor
 
+from gmail_lightning.callbacks import SampleGrid
 from gmail_lightning.datamodules import MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset
 from gmail_lightning.leakage import AllowedOverlap
 from gmail_lightning.models import DiffusersGenerator, OpenCLIPEncoder, ReciprocalConsistency
-from gmail_lightning.tasks import SynthesisScore, UniDiffTask
+from gmail_lightning.tasks import AlignmentTask, SynthesisScore, UniDiffTask
+from gmail_lightning.transforms import resize
 from gmail_lightning.types import modality_rows
 
 READINGS = ("feature", "reciprocal_kl", "image", "prediction_contrast")
@@ -206,7 +208,9 @@ def test_evaluation_sees_both_abilities_and_plain_diffusers_loads_the_pipeline(t
         val_check_interval=2,
         check_val_every_n_epoch=None,
         enable_checkpointing=False,
+        callbacks=[SampleGrid(["a cat", "a dog"])],
     )
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-000002.png"]
     values = task.results["novel"].values
     names = ("i2t_R@1", "t2i_dedup_R@1", "accuracy", "denoising_loss", "image_effective_rank", "text_drift")
     assert {*names, "scorer_kid", "scorer_cmmd", "scorer_clip_score"} <= values.keys()
@@ -223,6 +227,27 @@ def test_evaluation_sees_both_abilities_and_plain_diffusers_loads_the_pipeline(t
     with task.averaged_weights():
         ours = task.generator.generate(["a cat", "a dog"], [1, 2]).image
     torch.testing.assert_close(ours, torch.from_numpy(images).permute(0, 3, 1, 2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_predictions_are_those_of_the_averaged_weights(tmp_path: Path) -> None:
+    task = rates()
+    fit(task, tmp_path, 2, enable_checkpointing=False)
+    to_predict = MixedModalityDataModule(predict=EmojiDataset("noto", "novel"), mode="mixture", eval_batch_size=3)
+    trainer = pl.Trainer(default_root_dir=tmp_path, limit_predict_batches=1, **FAST)
+    found: Any = trainer.predict(task, to_predict)
+    spec, dataset = task.encoder.image_spec, EmojiDataset("noto", "novel")
+    image = torch.stack([resize(dataset.image(row), spec) for row in range(3)])
+    trained = task.encoder.encode_image(image, torch.zeros(3, dtype=torch.long))
+    with task.averaged_weights():
+        averaged = task.encoder.encode_image(image, torch.zeros(3, dtype=torch.long))
+    assert not torch.allclose(trained, averaged, atol=1e-4)
+    torch.testing.assert_close(found[0]["image_features"], averaged, atol=1e-5, rtol=1e-5)
+
+
+def test_a_grid_of_samples_needs_a_generator() -> None:
+    with pytest.raises(MisconfigurationException, match="AlignmentTask has none"):
+        SampleGrid(["a cat"]).setup(pl.Trainer(**FAST), AlignmentTask(OpenCLIPEncoder(pretrained="emoji")), "fit")
 
 
 @pytest.mark.slow

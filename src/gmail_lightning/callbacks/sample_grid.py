@@ -1,21 +1,23 @@
-"""Sample images while a generator trains."""
+"""Sample images of a generator that trains."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torchvision.utils import make_grid, save_image
 
 from gmail_lightning.distributed import on_first_rank
-from gmail_lightning.tasks.text_to_image import TextToImageTask
+from gmail_lightning.models.generative import ImageGenerator
 
 
 class SampleGrid(Callback):
-    """Draws the same prompts with the same seeds at every validation, into ``samples/`` of the run folder.
+    """Draws the same prompts with the same seeds at every validation and test, into ``samples/`` of the run folder.
 
     Args:
         prompts: One image each.
@@ -26,18 +28,36 @@ class SampleGrid(Callback):
     def __init__(self, prompts: list[str], columns: int = 8, seed: int = 0) -> None:
         self.prompts, self.columns, self.seed = list(prompts), columns, seed
 
-    @torch.no_grad()
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes ``samples/step-<n>.png`` with the averaged weights, on the first rank."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
-        if not trainer.sanity_checking and isinstance(pl_module, TextToImageTask):
-            on_first_rank(partial(self._draw, pl_module, folder, trainer.global_step), trainer)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses a task that has no generator.
 
-    def _draw(self, task: TextToImageTask, folder: Path, step: int) -> None:
+        Raises:
+            MisconfigurationException: Naming the task.
+        """
+        if not isinstance(getattr(pl_module, "generator", None), ImageGenerator):
+            raise MisconfigurationException(
+                f"SampleGrid draws what a task's generator makes, and {type(pl_module).__name__} has none: leave it "
+                "out of trainer.callbacks."
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes ``samples/step-<n>.png`` with the averaged weights, on the first rank; step 0 is before training."""
+        if not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf"):
+            self._write(trainer, pl_module, f"step-{trainer.global_step:06d}.png")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes ``samples/test.png``."""
+        self._write(trainer, pl_module, "test.png")
+
+    def _write(self, trainer: Trainer, task: LightningModule, name: str) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # a collective: on every rank
+        on_first_rank(partial(self._draw, task, folder / name), trainer)
+
+    @torch.no_grad()
+    def _draw(self, task: Any, path: Path) -> None:
         seeds = [self.seed + i for i in range(len(self.prompts))]
         with task.averaged_weights():
-            images = task.generator.generate(self.prompts, seeds).image
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{step:06d}.png"
+            images = cast(ImageGenerator, task.generator).generate(self.prompts, seeds).image
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_image(make_grid(images, nrow=self.columns, pad_value=1.0), path)
         rank_zero_info(f"Samples: {path}")

@@ -58,6 +58,14 @@ class AveragedWeights(SmallCheckpoints):
         """As ``on_validation_epoch_end``."""
         self._evaluation.close()
 
+    def on_predict_epoch_start(self) -> None:
+        """As ``on_validation_epoch_start``."""
+        self._evaluation.enter_context(self.averaged_weights())
+
+    def on_predict_epoch_end(self) -> None:
+        """As ``on_validation_epoch_end``."""
+        self._evaluation.close()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the average, and the names of its tensors in the state."""
         super().on_save_checkpoint(checkpoint)
