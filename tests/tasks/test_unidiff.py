@@ -208,9 +208,9 @@ def test_evaluation_sees_both_abilities_and_plain_diffusers_loads_the_pipeline(t
         val_check_interval=2,
         check_val_every_n_epoch=None,
         enable_checkpointing=False,
+        num_sanity_val_steps=-1,
         callbacks=[SampleGrid(["a cat", "a dog"])],
     )
-    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-000002.png"]
     values = task.results["novel"].values
     names = ("i2t_R@1", "t2i_dedup_R@1", "accuracy", "denoising_loss", "image_effective_rank", "text_drift")
     assert {*names, "scorer_kid", "scorer_cmmd", "scorer_clip_score"} <= values.keys()
@@ -227,6 +227,12 @@ def test_evaluation_sees_both_abilities_and_plain_diffusers_loads_the_pipeline(t
     with task.averaged_weights():
         ours = task.generator.generate(["a cat", "a dog"], [1, 2]).image
     torch.testing.assert_close(ours, torch.from_numpy(images).permute(0, 3, 1, 2), atol=1e-5, rtol=0)
+    trainer.validate(task, data(), verbose=False)
+    to_test = MixedModalityDataModule(test={"novel": EmojiDataset("noto", "novel", locale="de")}, mode="mixture")
+    trainer.limit_test_batches = 1
+    trainer.test(task, to_test, verbose=False)
+    grids = [path.name for path in sorted((tmp_path / "samples").iterdir())]
+    assert grids == ["step-000000.png", "step-000002.png", "test.png", "validate.png"]
 
 
 @pytest.mark.slow

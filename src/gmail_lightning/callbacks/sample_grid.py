@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torchvision.utils import make_grid, save_image
 
@@ -41,17 +42,22 @@ class SampleGrid(Callback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes ``samples/step-<n>.png`` with the averaged weights, on the first rank; step 0 is before training."""
+        """Writes ``step-<n>.png`` with the averaged weights, on the first rank; step 0 is before training.
+
+        The verb ``validate`` writes ``validate.png``.
+        """
         if not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf"):
-            self._write(trainer, pl_module, f"step-{trainer.global_step:06d}.png")
+            self._write(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes ``samples/test.png``."""
-        self._write(trainer, pl_module, "test.png")
+        """Writes ``test.png``."""
+        self._write(trainer, pl_module)
 
-    def _write(self, trainer: Trainer, task: LightningModule, name: str) -> None:
+    def _write(self, trainer: Trainer, task: LightningModule) -> None:
+        verb = cast(TrainerFn, trainer.state.fn)
+        name = f"step-{trainer.global_step:06d}" if verb == TrainerFn.FITTING else verb.value
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # a collective: on every rank
-        on_first_rank(partial(self._draw, task, folder / name), trainer)
+        on_first_rank(partial(self._draw, task, folder / f"{name}.png"), trainer)
 
     @torch.no_grad()
     def _draw(self, task: Any, path: Path) -> None:

@@ -35,12 +35,11 @@ def export_checkpoint(
     """Merges one branch of a checkpoint, and its text side, into one model and writes it as a folder.
 
     ``open_clip.create_model("local-dir:<out>")``, or ``transformers.CLIPModel.from_pretrained(out)`` with its
-    ``AutoProcessor``, then gives the features of that branch. An encoder of either library goes to either form, where
-    the other has such a model. After an alignment it is the
-    generated one; those of the real branch are the plain encoder's, which needs no export. After a task that trained a
-    text side it is rather the real one. A checkpoint without branches, such as that of a pre-training, is written as it
-    is, LoRA merged. Where a checkpoint holds an average of the weights that a step has gone into, the average is
-    written, which is what the task evaluates.
+    ``AutoProcessor``, then gives the features of that branch. After an alignment it is the generated one; those of the
+    real branch are the plain encoder's, which needs no export. After a task that trained a text side it is rather the
+    real one. A checkpoint without branches, such as that of a pre-training, is written as it is, LoRA merged. Where a
+    checkpoint holds an average of the weights that a step has gone into, the average is written, which is what the task
+    evaluates. An encoder of either library goes to either form, where the other has such a model.
 
     Args:
         checkpoint: Lightning checkpoint of a task, or a folder: the newest ``checkpoints/last.ckpt`` below it.

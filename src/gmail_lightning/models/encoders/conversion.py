@@ -17,6 +17,10 @@ from gmail_lightning.models.encoders.hf_clip import HFCLIPEncoder
 from gmail_lightning.models.encoders.open_clip import OpenCLIPEncoder
 from gmail_lightning.models.weights import plain_names
 
+_BLOCKS = {
+    "visual.transformer.resblocks": "vision_model.encoder.layers",
+    "transformer.resblocks": "text_model.encoder.layers",
+}
 #: open_clip's name, that of transformers, and whether one is the other's transpose. ``N`` stands for a block.
 _NAMES = (
     ("logit_scale", "logit_scale", False),
@@ -32,10 +36,7 @@ _NAMES = (
     *((f"ln_final.{kind}", f"text_model.final_layer_norm.{kind}", False) for kind in ("weight", "bias")),
     *(
         (f"{ours}.N.{part}.{kind}", f"{theirs}.N.{name}.{kind}", False)
-        for ours, theirs in (
-            ("visual.transformer.resblocks", "vision_model.encoder.layers"),
-            ("transformer.resblocks", "text_model.encoder.layers"),
-        )
+        for ours, theirs in _BLOCKS.items()
         for part, name in (
             ("ln_1", "layer_norm1"),
             ("ln_2", "layer_norm2"),
@@ -48,8 +49,6 @@ _NAMES = (
 )
 _TO_HF = {ours: (theirs, transposed) for ours, theirs, transposed in _NAMES}
 _TO_OPEN_CLIP = {theirs: (ours, transposed) for ours, theirs, transposed in _NAMES}
-_BLOCKS = {"visual.transformer.resblocks": "vision_model.encoder.layers"}
-_BLOCKS |= {"transformer.resblocks": "text_model.encoder.layers"}
 _FUSED = re.compile(r"(.+)\.(\d+)\.attn\.in_proj_(weight|bias)")
 _APART = re.compile(r"(.+)\.(\d+)\.self_attn\.q_proj\.(weight|bias)")
 
