@@ -236,6 +236,28 @@ def test_evaluation_sees_both_abilities_and_plain_diffusers_loads_the_pipeline(t
 
 
 @pytest.mark.slow
+def test_interpolated_values_are_those_of_a_clip_half_way(tmp_path: Path) -> None:
+    task = rates(learning_rates={"encoder": 1e-3})
+    before = {name: value.clone() for name, value in task.encoder.state_dict().items()}
+    trainer = fit(task, tmp_path, 3, enable_checkpointing=False, limit_val_batches=2)
+    trainer.validate(task, data(), verbose=False)
+    half_way = make()
+    with task.averaged_weights():
+        after = task.encoder.state_dict()
+        half_way.encoder.load_state_dict({name: (before[name] + value) / 2 for name, value in after.items()})
+    pl.Trainer(default_root_dir=tmp_path, limit_val_batches=2, **FAST).validate(half_way, data(), verbose=False)
+    values, expected = task.results["novel"].values, half_way.results["novel"].values
+    names = [name for name in values if name.startswith("interpolated_")]
+    assert {"interpolated_i2t_R@1", "interpolated_accuracy"} <= set(names)
+    for name in names:
+        assert values[name] == pytest.approx(expected[name.removeprefix("interpolated_")], abs=1e-6), name
+    assert any(values[name] != values[name.removeprefix("interpolated_")] for name in names)
+    adapted = make(train={"vision": 2})
+    pl.Trainer(default_root_dir=tmp_path, limit_val_batches=1, **FAST).validate(adapted, data(), verbose=False)
+    assert not any(name.startswith("interpolated_") for name in adapted.results["novel"].values)  # factors have none
+
+
+@pytest.mark.slow
 def test_predictions_are_those_of_the_averaged_weights(tmp_path: Path) -> None:
     task = rates()
     fit(task, tmp_path, 2, enable_checkpointing=False)

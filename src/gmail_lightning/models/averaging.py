@@ -49,6 +49,11 @@ class EarlierWeights:
         """Within it, the parameters hold what they were."""
         return holding(self.parameters, self.values)
 
+    def interpolated(self, share: float = 0.5) -> AbstractContextManager[None]:
+        """Within it, they hold ``share`` of what they are, and else what they were (WiSE-FT, arXiv 2109.01903)."""
+        pairs = zip(self.values, self.parameters, strict=True)
+        return holding(self.parameters, [value.to(p.device).lerp(p.detach(), share) for value, p in pairs])
+
 
 class WeightAverage:
     """Exponential moving average of parameters, with the warm-up of diffusers' ``EMAModel``, and the same numbers.

@@ -21,6 +21,7 @@ from gmail_lightning.metrics import FeatureSpread, GenerationScore, ImageTextRec
 from gmail_lightning.metrics.retrieval import full_precision
 from gmail_lightning.models import DualEncoder
 from gmail_lightning.models.averaging import EarlierWeights
+from gmail_lightning.models.branches.adapters import adapter_ids
 from gmail_lightning.models.encoders.conversion import clip_text_model
 from gmail_lightning.models.generators.diffusion import DiffusersGenerator
 from gmail_lightning.models.generators.objective import DenoisingObjective
@@ -39,8 +40,10 @@ class JointTask(EncoderTask):
     """A CLIP and a diffusion model that read the same pictures, each at its size, and may share a text tower.
 
     Evaluation gives retrieval, zero-shot accuracy on the sets that have classes, the denoising loss, the spread of both
-    towers' features and their drift from the encoder as it was; with ``score``, KID, CMMD and CLIPScore of images made
-    for the captions. At the end of training the pipeline is written to ``pipeline/`` in the run folder.
+    towers' features and their drift from the encoder as it was; as ``interpolated_``, retrieval and accuracy of weights
+    half way between that encoder and this, unless it trains adapters, whose factors have no such middle. With ``score``
+    also KID, CMMD and CLIPScore of images made for the captions. At the end of training the pipeline is written to
+    ``pipeline/`` in the run folder.
 
     Subclasses say what trains (``_track_earlier`` then takes note of it) and by which loss.
     """
@@ -71,7 +74,7 @@ class JointTask(EncoderTask):
         #: The CLIP as it was; evaluation says how far it has moved.
         self.earlier = EarlierWeights([])
         self._classes: dict[str, Classes] = {}  # of the evaluation sets that have some
-        self._embeddings: dict[str, Tensor] = {}  # of these classes, in the evaluation that is running
+        self._embeddings: dict[str, Tensor] = {}  # of these classes, by metric, in the evaluation that is running
 
     def _track_earlier(self) -> None:
         """Takes note of the CLIP as it is, before it trains."""
@@ -134,6 +137,12 @@ class JointTask(EncoderTask):
         if hasattr(data, "has_classes") and data.has_classes(eval_set):
             self._classes[eval_set] = data.classes(eval_set)
             built["zero_shot"] = ZeroShotAccuracy(len(self._classes[eval_set].names))
+        adapters = adapter_ids(self.encoder)
+        if self.earlier.parameters and not any(id(p) in adapters for p in self.earlier.parameters):
+            built["interpolated"] = ImageTextRecall(prefix="interpolated_")
+            if "zero_shot" in built:
+                classes = len(self._classes[eval_set].names)
+                built["interpolated_zero_shot"] = ZeroShotAccuracy(classes, prefix="interpolated_")
         if self.score is not None and ("test" if self.trainer.testing else "val") in self.score.stages:
             built["score"] = GenerationScore(prefix="scorer_")
         return built
@@ -159,8 +168,9 @@ class JointTask(EncoderTask):
             earlier = self.encode_images(batch)[real], self.encoder.encode_text(batch["text"][first])[real]
         metrics["image_spread"].update(images[real], earlier[0])
         metrics["text_spread"].update(texts[first][real], earlier[1])
-        if "zero_shot" in metrics:
-            self._update_zero_shot(metrics["zero_shot"], images[real], batch["label"][real], batch["eval_set"])
+        self._update_zero_shot(metrics, "zero_shot", images[real], batch)
+        if "interpolated" in metrics:
+            self._update_interpolated(metrics, batch)
         pixels = self._pixels(batch)
         self._update_denoising(metrics["denoising"], pixels, batch, first)
         if "score" in metrics:
@@ -169,11 +179,24 @@ class JointTask(EncoderTask):
             captions = [batch["caption"][row] for row in rows.tolist()]
             self.score.update(metrics["score"], self.generator, pixels[rows], captions, batch["row_id"][rows])
 
-    def _update_zero_shot(self, metric: Any, images: Tensor, label: Tensor, eval_set: str) -> None:
-        if eval_set not in self._embeddings:
-            self._embeddings[eval_set] = class_embeddings(self.encoder, self._classes[eval_set], self.device)
+    def _update_zero_shot(self, metrics: Mapping[str, Any], name: str, images: Tensor, batch: ImageTextBatch) -> None:
+        """Adds the real images to the accuracy of this name, if the set has classes."""
+        if name not in metrics:
+            return
+        eval_set, real = batch["eval_set"], batch["modality"] == Modality.REAL
+        key = f"{eval_set}/{name}"
+        if key not in self._embeddings:
+            self._embeddings[key] = class_embeddings(self.encoder, self._classes[eval_set], self.device)
         with full_precision(images.device):
-            metric.update(F.normalize(images.float(), dim=-1) @ self._embeddings[eval_set].T, label)
+            metrics[name].update(F.normalize(images.float(), dim=-1) @ self._embeddings[key].T, batch["label"][real])
+
+    def _update_interpolated(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
+        real, owner = batch["modality"] == Modality.REAL, batch["text_row"]
+        with self.earlier.interpolated():
+            images, texts = self.encode_images(batch)[real], self.encoder.encode_text(batch["text"])
+            self._update_zero_shot(metrics, "interpolated_zero_shot", images, batch)
+        ids, of_real = batch["row_id"], real[owner]
+        metrics["interpolated"].update(images, ids[real], texts[of_real], ids[owner[of_real]])
 
     def _update_denoising(self, metric: Any, pixels: Tensor, batch: ImageTextBatch, first: Tensor) -> None:
         """The loss of each row at a timestep and noise that depend on the row alone, so that values compare."""
