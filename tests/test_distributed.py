@@ -137,6 +137,7 @@ def test_two_processes_align_and_validate_as_one(tmp_path: Path) -> None:
         for name, value in one_step.items():
             torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
     compare_captioners(*(values.pop("task") for values in described))
+    compare_joint_steps(*(values.pop("unidiff") for values in described))
     compare_faults(*(values.pop("faults") for values in described))
     compare_first_rank(*(values.pop("first rank") for values in described))
     compare_captions(*described)
@@ -149,6 +150,20 @@ def test_two_processes_align_and_validate_as_one(tmp_path: Path) -> None:
     assert features[0].shape == (2 * 373, 16)
     torch.testing.assert_close(*features, rtol=1e-5, atol=1e-6)
     assert (stores[0] / "rows.parquet").read_bytes() == (stores[1] / "rows.parquet").read_bytes()
+
+
+def compare_joint_steps(one, first, second) -> None:
+    """Every parameter that trains has the gradient of one process; negatives of prediction_contrast are of the rank."""
+    assert one.keys() == {"none", "feature", "reciprocal_kl", "image", "prediction_contrast"}
+    for reading, steps in one.items():
+        assert len(steps) == len(first[reading]) == 2
+        for expected, of_first, of_second in zip(steps, first[reading], second[reading], strict=True):
+            assert all(torch.equal(of_first[name], gradient) for name, gradient in of_second.items())
+            assert expected.keys() == of_first.keys()
+            assert all(gradient.any() for gradient in of_first.values())
+            if reading != "prediction_contrast":
+                for name, gradient in expected.items():
+                    torch.testing.assert_close(of_first[name], gradient, rtol=1e-4, atol=3e-6)
 
 
 def compare_captions(one, first, second) -> None:
