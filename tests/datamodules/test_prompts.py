@@ -70,7 +70,7 @@ def test_no_batch_holds_two_shards() -> None:
     data.setup("predict")
     with pytest.raises(MisconfigurationException, match="DatasetWriter"):
         data.predict_dataloader()
-    data.schedule(RECIPE, [("a", np.arange(0, 8)), ("c", np.array([19, 10, 11, 12]))])
+    data.schedule(lambda: (RECIPE, [("a", np.arange(0, 8)), ("c", np.array([19, 10, 11, 12]))]))
     batches = list(data.predict_dataloader())
     assert [(b["shard"], b["row"]) for b in batches] == [
         ("a", [0, 1, 2]), ("a", [3, 4, 5]), ("a", [6, 7]), ("c", [19, 10, 11]), ("c", [12]),

@@ -24,7 +24,7 @@ from gmail_lightning.generation.images.image_names import recipe_id
 from gmail_lightning.generation.images.publication import publish
 from gmail_lightning.generation.images.shard_writer import BackgroundWriter, ImageFormat
 from gmail_lightning.generation.images.store import ShardStore
-from gmail_lightning.tasks.image_generation import ImageGenerationTask, ScoredImages
+from gmail_lightning.tasks.image_generation import MakesImages, ScoredImages
 from gmail_lightning.types import PromptBatch
 
 DRY_RUN_PROMPTS = 8
@@ -34,7 +34,7 @@ WAIT = 2.0  # seconds between two looks at what the other devices have done
 
 
 class DatasetWriter(Callback):
-    """Writes what ``ImageGenerationTask`` makes, shard by shard, so that a killed run loses minutes.
+    """Writes the images that a task makes of prompts, shard by shard, so that a killed run loses minutes.
 
     The plan says which image belongs to which shard; it depends on the prompts alone. A shard is the unit of work: it
     is there whole, or it is made again whole. Run the same command again, on any number of devices, nodes or
@@ -114,34 +114,41 @@ class DatasetWriter(Callback):
     # Before the first image
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Plans, and tells the data module what this process makes.
+        """Lets the data module ask what this process makes, once the weights are those of the checkpoint.
+
+        That raises MisconfigurationException if the folder was made by another recipe, or holds something else, and
+        DataError if it holds another split.
 
         Raises:
-            MisconfigurationException: If the folder was made by another recipe, or holds something else.
-            DataError: If it holds another split.
+            MisconfigurationException: If the task makes no images, or the data are no prompts.
         """
         data = getattr(trainer, "datamodule", None)
-        if not (isinstance(pl_module, ImageGenerationTask) and isinstance(data, PromptDataModule)):
+        if not (isinstance(pl_module, MakesImages) and isinstance(data, PromptDataModule)):
             raise MisconfigurationException(
-                "DatasetWriter writes what ImageGenerationTask makes of PromptDataModule, with predict; here are "
-                f"{type(pl_module).__name__} and {type(data).__name__}."
+                "DatasetWriter writes what ImageGenerationTask or UniDiffTask makes of PromptDataModule, with predict; "
+                f"here are {type(pl_module).__name__} and {type(data).__name__}."
             )
         cast(Any, trainer).predict_loop.return_predictions = False  # they would be kept until the end
-        self._recipe = self._describe(pl_module, data)
+        data.schedule(partial(self._schedule, trainer, pl_module, data))
+
+    def _schedule(
+        self, trainer: Trainer, task: MakesImages, data: PromptDataModule
+    ) -> tuple[str, list[tuple[str, np.ndarray]]]:
+        """Id of the recipe, and the images of each shard that this process makes."""
+        self._recipe = self._describe(task, data)
         self._recipe_id = recipe_id(self._recipe)
         keys = data.table.keys(self._recipe_id)
         if self.dry_run:
             keys = keys.slice(0, DRY_RUN_PROMPTS * data.images_per_caption)
         storage = {f"stored_{name}": value for name, value in asdict(self.image_format).items()}
         storage["shard_size"] = self.shard_size
-        made = how_made(self._recipe, storage, pl_module.describe_scorer())
+        made = how_made(self._recipe, storage, task.describe_scorer())
         begin(partial(begin_images, self.store, self.mode, made, data.split, keys), trainer)
         plan = self.store.read_plan()
         world, owners = trainer.world_size, self.num_workers * trainer.world_size
         shares = [owned_shards(len(plan.shards), self.worker * world + rank, owners) for rank in range(world)]
         self._own = [plan.shards[number] for share in shares for number in share]
         missing = missing_shards(self.store, plan, shares[trainer.global_rank], keys)
-        data.schedule(self._recipe_id, missing)
         self._total = sum(len(rows) for _, rows in missing)
         rank_zero_info(
             f"{self.store.folder}: {len(plan)} images in {len(plan.shards)} shards, recipe {self._recipe_id}; to make: "
@@ -151,9 +158,10 @@ class DatasetWriter(Callback):
         sizes = {name: len(rows) for name, rows in missing}
         self._writer = BackgroundWriter(self.store.folder, sizes, self.image_format, self.num_threads)
         self._start = self._last = time.monotonic()
+        return self._recipe_id, missing
 
-    def _describe(self, task: ImageGenerationTask, data: PromptDataModule) -> dict[str, Any]:
-        described = task.generator.describe()
+    def _describe(self, task: MakesImages, data: PromptDataModule) -> dict[str, Any]:
+        described = task.describe_generator()
         missing = [name for name in REQUIRED if name not in described]
         if missing:
             raise MisconfigurationException(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,9 @@ from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.generation.images.prompt_table import PromptBatches, PromptTable
 from gmail_lightning.leakage.check import AllowedOverlap, Kind, check_leakage, refuse_unknown_sets
 from gmail_lightning.leakage.overlap import picture_hashes
+
+#: Gives the id of a recipe, and the name and the numbers in the table of the images of each shard.
+Plan = Callable[[], tuple[str, list[tuple[str, np.ndarray]]]]
 
 
 class PromptDataModule(LightningDataModule):
@@ -77,7 +81,7 @@ class PromptDataModule(LightningDataModule):
         #: What is shared with the evaluation sets, in words; for the card.
         self.leakage: list[str] = []
         self._table: PromptTable | None = None
-        self._batches: PromptBatches | None = None
+        self._plan: Plan | None = None
 
     @property
     def table(self) -> PromptTable:
@@ -162,26 +166,27 @@ class PromptDataModule(LightningDataModule):
                 notes.append(f"{name}: generated images were compared with its {len(keys)} images (near_evaluation)")
         return hashes, notes
 
-    def schedule(self, recipe: str, shards: list[tuple[str, np.ndarray]]) -> None:
-        """Says what this process makes; the writer does it, which knows what is there.
+    def schedule(self, plan: Plan) -> None:
+        """Says who knows what this process makes: the writer, which knows what is there.
 
         Args:
-            recipe: Id of the recipe.
-            shards: Name and numbers in the table of the images of each shard, in the order in which they are made.
+            plan: Gives the id of the recipe, and the name and the numbers in the table of the images of each shard, in
+                the order in which they are made. It is asked once a checkpoint is restored.
         """
-        self._batches = PromptBatches(self.table, recipe, shards, self.batch_size)
+        self._plan = plan
 
     def predict_dataloader(self) -> PromptBatches:
-        """Returns what ``schedule`` said. It has no length, so that a process with nothing to do comes to an end too.
+        """What the plan says. It has no length, so that a process with nothing to do comes to an end too.
 
         Raises:
             MisconfigurationException: If there is no writer.
         """
-        if self._batches is None:
+        if self._plan is None:
             raise MisconfigurationException(
                 "PromptDataModule needs the callback DatasetWriter under trainer.callbacks: it says what is missing."
             )
-        return self._batches
+        recipe, shards = self._plan()
+        return PromptBatches(self.table, recipe, shards, self.batch_size)
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Returns the batch: strings and numbers."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -30,6 +32,15 @@ def plain_names(state: Mapping[str, T]) -> dict[str, T]:
         twice = next(name for name in plain if list(names.values()).count(name) > 1)
         raise ValueError(f"Weights hold {twice} twice, of a wrapped model and of the model itself: keep one of them.")
     return plain
+
+
+def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Twelve hexadecimal digits that change with the name, the type and every bit of the tensors, not their order."""
+    digest = hashlib.blake2b(digest_size=6)
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -31,7 +31,75 @@ class ScoredImages(NamedTuple):
     clip_score_reason: list[str | None]  # (B,) why there is no score
 
 
-class ImageGenerationTask(BaseTask):
+def require_whole_weights(precision: str) -> None:
+    """Refuses a precision that converts the weights of a generator.
+
+    Raises:
+        MisconfigurationException: If ``trainer.precision`` is such.
+    """
+    if precision not in WHOLE:
+        raise MisconfigurationException(
+            f"precision={precision!r} converts the generator, but its recipe, by which images are named, says the type "
+            "of its weights, and small updates vanish in half precision: take one of "
+            f"{', '.join(WHOLE)}, and set the generator's own dtype."
+        )
+
+
+class MakesImages(BaseTask):
+    """What ``DatasetWriter`` asks of a task: ``predict`` on prompts makes an image for each."""
+
+    generator: ImageGenerator
+
+    def setup(self, stage: str) -> None:
+        """Refuses a precision that converts the weights, see ``require_whole_weights``."""
+        super().setup(stage)
+        require_whole_weights(str(self.trainer.precision))
+
+    def image_scorer(self) -> DualEncoder | None:
+        """Gives each image its CLIPScore with its caption; None: no score."""
+        return None
+
+    def describe_generator(self) -> dict[str, Any]:
+        """What the images depend on besides prompt and seed; see ``ImageGenerator.describe``."""
+        return dict(self.generator.describe())
+
+    def describe_scorer(self) -> dict[str, str]:
+        """Which scorer it is: its class and a short fingerprint of its weights; empty without one."""
+        scorer = self.image_scorer()
+        if scorer is None:
+            return {}
+        weights = fingerprint(scorer, ("image", "text"))["weights"]
+        wave = sum(wave for _, _, wave, *_ in weights.values())  # rounded far above what the order of a sum changes
+        return {"scorer": type(scorer).__name__, "scorer_weights": f"{len(weights)} tensors, wave {wave:.4f}"}
+
+    def make_images(self, batch: PromptBatch) -> ScoredImages:
+        """One image per prompt, (B, 3, H, W)."""
+        with quiet("diffusers", "transformers.tokenization_utils_base"):  # cut prompts are counted, not told each time
+            images = self.generator.generate(batch["prompt"], batch["seed"])
+            truncated = self.generator.truncated(batch["prompt"])
+        score, reason = self._score(images.image, batch["caption"])
+        return ScoredImages(images, truncated, score, reason)
+
+    def _score(self, image: Tensor, captions: list[str]) -> tuple[list[float | None], list[str | None]]:
+        """CLIPScore of images (B, 3, H, W) with their captions, None with a reason where there is none."""
+        scorer = self.image_scorer()
+        if scorer is None:
+            return [None] * len(image), ["no scorer"] * len(image)
+        spec, text_spec = scorer.image_spec, scorer.text_spec
+        # Converted and resized where the generator left them, on its device.
+        finite = torch.isfinite(image).flatten(1).all(dim=1).tolist()
+        pixels = (image.nan_to_num() * 255).round_().clamp_(0, 255).to(torch.uint8)
+        resized = torch.stack([resize(picture, spec) for picture in pixels])  # (B, 3, h, w)
+        image_features = scorer.encode_image(resized.to(self.device))
+        text_features = scorer.encode_text(text_spec.encode(captions).to(self.device))
+        scores = clip_score(image_features.float(), text_features.float()).tolist()
+        return (
+            [score if known else None for score, known in zip(scores, finite, strict=True)],
+            [None if known else "not finite" for known in finite],
+        )
+
+
+class ImageGenerationTask(MakesImages):
     """Makes an image for each prompt, with ``predict``; the callback ``DatasetWriter`` stores them.
 
     Args:
@@ -46,6 +114,10 @@ class ImageGenerationTask(BaseTask):
         if scorer is not None:
             scorer.requires_grad_(False)
 
+    def image_scorer(self) -> DualEncoder | None:
+        """The one that was given."""
+        return self.scorer
+
     @property
     def input_spec(self) -> InputSpec:
         """No pixels, no tokens: the data module makes prompts."""
@@ -56,51 +128,9 @@ class ImageGenerationTask(BaseTask):
         """Whether the generator's weights are more than a random initialisation."""
         return self.generator.pretrained
 
-    def setup(self, stage: str) -> None:
-        """Refuses a precision that converts the weights: the recipe, and so every image's name, says their type.
-
-        Raises:
-            MisconfigurationException: If ``trainer.precision`` is such.
-        """
-        super().setup(stage)
-        if self.trainer.precision not in WHOLE:
-            raise MisconfigurationException(
-                f"precision={self.trainer.precision!r} converts the generator, but its recipe names the type of its "
-                "weights: leave trainer.precision out, and set the generator's own dtype."
-            )
-
-    def describe_scorer(self) -> dict[str, str]:
-        """Which scorer it is: its class and a short fingerprint of its weights; empty without one."""
-        if self.scorer is None:
-            return {}
-        weights = fingerprint(self.scorer, ("image", "text"))["weights"]
-        wave = sum(wave for _, _, wave, *_ in weights.values())  # rounded far above what the order of a sum changes
-        return {"scorer": type(self.scorer).__name__, "scorer_weights": f"{len(weights)} tensors, wave {wave:.4f}"}
-
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> ScoredImages:  # type: ignore[override]
-        """One image per prompt, (B, 3, H, W)."""
-        with quiet("diffusers", "transformers.tokenization_utils_base"):  # cut prompts are counted, not told each time
-            images = self.generator.generate(batch["prompt"], batch["seed"])
-            truncated = self.generator.truncated(batch["prompt"])
-        score, reason = self._score(images.image, batch["caption"])
-        return ScoredImages(images, truncated, score, reason)
-
-    def _score(self, image: Tensor, captions: list[str]) -> tuple[list[float | None], list[str | None]]:
-        """CLIPScore of images (B, 3, H, W) with their captions, None with a reason where there is none."""
-        if self.scorer is None:
-            return [None] * len(image), ["no scorer"] * len(image)
-        spec, text_spec = self.scorer.image_spec, self.scorer.text_spec
-        # Converted and resized where the generator left them, on its device.
-        finite = torch.isfinite(image).flatten(1).all(dim=1).tolist()
-        pixels = (image.nan_to_num() * 255).round_().clamp_(0, 255).to(torch.uint8)
-        resized = torch.stack([resize(picture, spec) for picture in pixels])  # (B, 3, h, w)
-        image_features = self.scorer.encode_image(resized.to(self.device))
-        text_features = self.scorer.encode_text(text_spec.encode(captions).to(self.device))
-        scores = clip_score(image_features.float(), text_features.float()).tolist()
-        return (
-            [score if known else None for score, known in zip(scores, finite, strict=True)],
-            [None if known else "not finite" for known in finite],
-        )
+        """See ``make_images``."""
+        return self.make_images(batch)
 
 
 @contextmanager

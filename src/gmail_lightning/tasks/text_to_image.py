@@ -27,6 +27,7 @@ from gmail_lightning.models.generators.tuning import (
     save_tuned,
 )
 from gmail_lightning.tasks.base import BaseTask
+from gmail_lightning.tasks.image_generation import require_whole_weights
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
 
@@ -97,6 +98,11 @@ class TextToImageTask(BaseTask):
     def pretrained(self) -> bool:
         """False where part of the pipeline has random weights."""
         return self.generator.pretrained
+
+    def setup(self, stage: str) -> None:
+        """Refuses a precision that converts the weights, see ``require_whole_weights``."""
+        super().setup(stage)
+        require_whole_weights(str(self.trainer.precision))
 
     # Training
 

@@ -27,8 +27,10 @@ from gmail_lightning.models.generators.diffusion import DiffusersGenerator
 from gmail_lightning.models.generators.objective import DenoisingObjective
 from gmail_lightning.models.generators.shared_text import share_text_tower
 from gmail_lightning.models.generators.tuning import check_pipeline, pipeline_record, require_tunable, save_tuned
+from gmail_lightning.models.weights import weights_digest
 from gmail_lightning.tasks.classification import class_embeddings
 from gmail_lightning.tasks.encoder_task import EncoderTask, require_text
+from gmail_lightning.tasks.image_generation import MakesImages
 from gmail_lightning.tasks.retrieval import update_recall
 from gmail_lightning.tasks.unidiff.synthesis_score import SynthesisScore
 from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality
@@ -36,17 +38,20 @@ from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality
 VIEW = "diffusion_image"  # of the picture that the diffusion model is trained on
 
 
-class JointTask(EncoderTask):
+class JointTask(MakesImages, EncoderTask):
     """A CLIP and a diffusion model that read the same pictures, each at its size, and may share a text tower.
 
     Evaluation gives retrieval, zero-shot accuracy on the sets that have classes, the denoising loss, the spread of both
     towers' features and their drift from the encoder as it was; as ``interpolated_``, retrieval and accuracy of weights
     half way between that encoder and this, unless it trains adapters, whose factors have no such middle. With ``score``
-    also KID, CMMD and CLIPScore of images made for the captions. At the end of training the pipeline is written to
-    ``pipeline/`` in the run folder.
+    also KID, CMMD and CLIPScore of images made for the captions. ``predict`` gives features of pictures, and images of
+    prompts, which ``DatasetWriter`` stores. At the end of training the pipeline is written to ``pipeline/`` in the run
+    folder.
 
     Subclasses say what trains (``_track_earlier`` then takes note of it) and by which loss.
     """
+
+    generator: DiffusersGenerator
 
     def __init__(
         self,
@@ -207,6 +212,23 @@ class JointTask(EncoderTask):
             context = self.generator.encode_text(cast(Any, batch)["prompt"][first])
         prediction = self.objective.denoise(noised, context).prediction
         metric.update(denoising_errors(prediction, noised.target))
+
+    # Images
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """An image for each prompt of a ``PromptDataModule``; of pictures their features, as ``EncoderTask``."""
+        return self.make_images(batch) if "seed" in batch else super().predict_step(batch, batch_idx)
+
+    def image_scorer(self) -> DualEncoder | None:
+        """That of ``score``."""
+        return None if self.score is None else self.score.scorer
+
+    def describe_generator(self) -> dict[str, Any]:
+        """The pipeline's; the revision also tells the weights of both models, as they are evaluated."""
+        described = super().describe_generator()
+        with self.averaged_weights():
+            digest = weights_digest([*self.encoder.named_parameters(), *self.generator.named_parameters()])
+        return {**described, "revision": f"{described['revision']}+{digest}"}
 
     # What is kept
 
