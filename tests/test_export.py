@@ -151,7 +151,7 @@ def test_what_cannot_be_exported_is_refused(merges, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="trained on another base"):
         export_checkpoint(path, tmp_path / "out", encoder=base("native", merges))
-    with pytest.raises(ValueError, match="only open_clip and hf_clip are known"):
+    with pytest.raises(ValueError, match="only open_clip, hf_clip and diffusers are known"):
         export_checkpoint(path, tmp_path / "out", to="onnx")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")

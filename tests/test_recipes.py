@@ -6,6 +6,7 @@ import pytest
 
 from gmail_lightning.command.main import main
 from gmail_lightning.command.recipes import recipes_folder
+from gmail_lightning.models import ReciprocalConsistency
 
 RECIPES = sorted(p for p in recipes_folder().rglob("*.yaml") if p.parent.name not in ("trainer", "rivals"))
 OVERLAYS = sorted((recipes_folder() / "trainer").glob("*.yaml"))
@@ -26,15 +27,22 @@ def test_a_recipe_parses_and_says_how_it_runs(recipe: Path, capsys: pytest.Captu
     assert "class_path: gmail_lightning.tasks" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rival", RIVALS, ids=lambda p: p.stem)
-@pytest.mark.parametrize("folder", ["emoji", "gmail"])
-def test_a_rival_is_one_override(rival: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    task = {"emoji": "retrieval", "gmail": "retrieval_vitb16_coco"}
-    if rival.stem == "text_only":
-        task = {"emoji": "caption_clipcap", "gmail": "caption_clipcap_vitb32_coco"}
-    recipe = f"{folder}/{task[folder]}"
+#: Recipes that an overlay is for, where they are others than those of retrieval.
+FOR = {
+    "text_only": ("emoji/caption_clipcap", "gmail/caption_clipcap_vitb32_coco"),
+    "contrast_alone": ("emoji/unidiff", "unidiff/fashion_mnist", "unidiff/clip_sd15_manifest"),
+    "synthesis_alone": ("emoji/unidiff", "unidiff/fashion_mnist", "unidiff/clip_sd15_manifest"),
+}
+OVERLAID = [
+    (rival, recipe)
+    for rival in RIVALS
+    for recipe in FOR.get(rival.stem, ("emoji/retrieval", "gmail/retrieval_vitb16_coco"))
+]
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rival", "recipe"), OVERLAID, ids=lambda p: getattr(p, "stem", p))
+def test_a_rival_is_one_override(rival: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     def printed(*overlays: str) -> list[str]:
         with pytest.raises(SystemExit) as left:
             main(["fit", "--config", str(recipes_folder() / f"{recipe}.yaml"), *overlays, "--print_config"])
@@ -58,6 +66,11 @@ def test_a_rival_is_one_override(rival: Path, folder: str, capsys: pytest.Captur
         "generated_fraction",
         "runs/",
         "text_noise",
+        "consistency",
+        "class_path: gmail_lightning.models.ReciprocalConsistency",
+        *ReciprocalConsistency.__init__.__annotations__,
+        "synthesis_weight",
+        "contrast_weight",
     )
     assert changed or (rival.stem, recipe) == ("generated_as_real", "gmail/retrieval_vitb16_coco")  # its own default
     assert all(line.strip().startswith(allowed) for line in changed), changed

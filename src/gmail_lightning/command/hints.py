@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import Any, get_args, get_type_hints
 
 EPILOG = """beside them:
-  export CHECKPOINT --to open_clip --out DIR   write the trained encoder for plain open_clip, or hf_clip: transformers
+  export CHECKPOINT --to open_clip --out DIR   write the trained encoder for open_clip or (hf_clip) transformers, or the
+                                               trained pipeline for diffusers
   repair DIR --encoder NAME                    choose a better image for each caption of a generated data set (SynC)
   recipes list | copy NAME [TARGET]            show or copy the recipes that ship with the package
   doctor                                       say what is installed, and what this machine can do

@@ -73,7 +73,7 @@ def _fail(status: int, kind: str, error: Exception) -> int:
 def _export(args: list[str]) -> int:
     parser = argparse.ArgumentParser("gmail-lightning export", description="Merges a checkpoint into a plain model.")
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--to", choices=["open_clip", "hf_clip"], default="open_clip", help="hf_clip: of transformers")
+    parser.add_argument("--to", choices=["open_clip", "hf_clip", "diffusers"], default="open_clip")
     parser.add_argument("--branch", choices=["generated", "real"], default="generated", help="of the image tower")
     parser.add_argument("--out", type=Path, help="new folder; default: the checkpoint's name beside it")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")

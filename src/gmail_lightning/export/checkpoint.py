@@ -1,4 +1,4 @@
-"""Takes one branch away: a folder that plain open_clip or transformers loads, without this library."""
+"""Takes what was trained away: a folder that plain open_clip, transformers or diffusers loads, without this library."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.export.forms import FORMS, CLIPEncoder, Form
+from gmail_lightning.export.pipeline import write_pipeline
 from gmail_lightning.models.averaging import stored_average
 from gmail_lightning.models.base import ImageEncoder, Tower
 from gmail_lightning.models.branches.branch import Branch
@@ -27,7 +28,7 @@ def export_checkpoint(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    to: Form = "open_clip",
+    to: Form | Literal["diffusers"] = "open_clip",
     branch: Literal["generated", "real"] = "generated",
     encoder: ImageEncoder | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
@@ -41,10 +42,13 @@ def export_checkpoint(
     checkpoint holds an average of the weights that a step has gone into, the average is written, which is what the task
     evaluates. An encoder of either library goes to either form, where the other has such a model.
 
+    ``to="diffusers"`` writes the pipeline that ``TextToImageTask`` or ``UniDiffTask`` trained instead, see
+    ``write_pipeline``.
+
     Args:
         checkpoint: Lightning checkpoint of a task, or a folder: the newest ``checkpoints/last.ckpt`` below it.
         out: Folder to write; it must be new or empty.
-        to: Form of the export: ``open_clip``, or ``hf_clip``, a CLIP of transformers.
+        to: Form of the export: ``open_clip``, ``hf_clip``, which is a CLIP of transformers, or ``diffusers``.
         branch: Branch of the image tower.
         encoder: The plain encoder that the task was trained on, where the checkpoint does not record it. It is changed.
         dtype: Precision of the written weights.
@@ -55,13 +59,17 @@ def export_checkpoint(
             be folded into it, or the checkpoint does not load.
     """
     folder = Path(out)
-    if to not in FORMS:
-        raise ValueError(f"to={to!r}: only {' and '.join(FORMS)} are known.")
+    if to not in (*FORMS, "diffusers"):
+        raise ValueError(f"to={to!r}: only {', '.join(FORMS)} and diffusers are known.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: give a new folder.")
     if branch not in ("generated", "real"):
         raise ValueError(f"branch={branch!r}: give generated or real.")
-    plain, state = _merged(find_checkpoint(checkpoint) or checkpoint, encoder, branch)
+    path = find_checkpoint(checkpoint) or checkpoint
+    if to == "diffusers":
+        write_pipeline(path, folder, getattr(torch, dtype))
+        return
+    plain, state = _merged(path, encoder, branch)
     FORMS[to](plain, state, folder, getattr(torch, dtype))
 
 

@@ -104,5 +104,5 @@ class FeatureSpread(Metric):
             return {}
         values = _spread(self.moment, self.total, self.count)
         if self.moved[1] > 0:
-            values["drift"] = self.moved[0] / self.moved[1]
+            values["drift"] = (self.moved[0] / self.moved[1]).clamp(min=0)  # rounding would show as -0.000
         return {f"{self.prefix}{name}": value for name, value in values.items()}

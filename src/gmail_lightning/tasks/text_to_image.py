@@ -23,6 +23,7 @@ from gmail_lightning.models.generators.tuning import (
     check_pipeline,
     open_unet,
     pipeline_record,
+    refuse_frozen_random,
     require_tunable,
     save_tuned,
 )
@@ -78,6 +79,7 @@ class TextToImageTask(BaseTask):
         self.objective = DenoisingObjective(generator, prediction_type, min_snr_gamma)
         open_unet(generator, lora_rank)
         text_encoder = generator.part("text_encoder").requires_grad_(train_text_encoder)
+        refuse_frozen_random(generator)
         trained = [p for module in (self.unet, text_encoder) for p in module.parameters() if p.requires_grad]
         if ema_decay is not None:
             self.average = WeightAverage(trained, ema_decay)

@@ -128,7 +128,7 @@ def build_encoder(recorded: Any, path: str | Path, router: type[ImageEncoder]) -
     """
     if not isinstance(recorded, dict) or "class_path" not in recorded:
         raise ValueError(f"{path}: it does not record its encoder (the task was built in Python). Pass encoder=.")
-    found = _import_class(recorded, path, "encoder", ImageEncoder)
+    found = import_recorded(recorded, path, "encoder", ImageEncoder)
     settings = recorded.get("init_args", {})
     return build_encoder(settings.get("encoder"), path, router) if issubclass(found, router) else found(**settings)
 
@@ -156,7 +156,7 @@ def build_branch(recorded: dict[str, Any] | None, path: str | Path) -> Branch | 
     """
     if recorded is None:
         return None
-    found: type[Branch] = _import_class(recorded, path, "branch", Branch)
+    found: type[Branch] = import_recorded(recorded, path, "branch", Branch)
     return found(**recorded["init_args"])
 
 
@@ -184,7 +184,12 @@ def public_path(kind: type[Any]) -> str:
     return f"{package if kind.__module__.startswith(package) else kind.__module__}.{kind.__qualname__}"
 
 
-def _import_class(recorded: dict[str, Any], path: str | Path, what: str, base: type[Any]) -> Any:
+def import_recorded(recorded: dict[str, Any], path: str | Path, what: str, base: type[Any]) -> Any:
+    """The class that a checkpoint names as ``class_path``.
+
+    Raises:
+        ValueError: If it is no subclass of ``base``, or of a package that a checkpoint may not have imported.
+    """
     check_classes(recorded, path)
     module, _, name = recorded["class_path"].rpartition(".")
     found = getattr(importlib.import_module(module or "gmail_lightning.models"), name, None)

@@ -45,6 +45,20 @@ def open_unet(generator: DiffusersGenerator, lora_rank: int | None) -> None:
     unet.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=list(LORA_TARGETS)))
 
 
+def refuse_frozen_random(generator: DiffusersGenerator) -> None:
+    """Refuses ``fresh`` components that are not trained whole: a checkpoint does not hold what is frozen.
+
+    Raises:
+        ValueError: Naming the component.
+    """
+    for name in generator.fresh:
+        if not all(parameter.requires_grad for parameter in generator.part(name).parameters()):
+            raise ValueError(
+                f"fresh: {name} has random weights that would stay as they are, and that no checkpoint would hold: "
+                "train the whole of it, or take it out of fresh."
+            )
+
+
 def save_tuned(generator: DiffusersGenerator, folder: str | Path, text_encoder: nn.Module | None = None) -> None:
     """Writes the pipeline in diffusers' layout, adapters merged, ready for any loader.
 

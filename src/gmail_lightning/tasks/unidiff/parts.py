@@ -10,7 +10,7 @@ import torch
 from gmail_lightning.models import ModalityEncoder, add_lora
 from gmail_lightning.models.base import DualEncoder
 from gmail_lightning.models.generators.diffusion import DiffusersGenerator
-from gmail_lightning.models.generators.tuning import open_unet
+from gmail_lightning.models.generators.tuning import open_unet, refuse_frozen_random
 
 Part = Literal["vision", "text", "unet"]
 How = Literal["full", "frozen"] | int  # a number is the rank of LoRA
@@ -36,7 +36,8 @@ def open_parts(
         shared: Whether the synthesis term reads its prompts through the encoder's text tower.
 
     Raises:
-        ValueError: If a part or a word is unknown, or the router that is given has been told already.
+        ValueError: If a part or a word is unknown, the router that is given has been told already, or a component that
+            does not train has random weights.
     """
     wanted = dict(train or {})
     for part, how in wanted.items():
@@ -48,6 +49,7 @@ def open_parts(
     open_unet(generator, unet if isinstance(unet, int) else None)
     if unet == "frozen" or not synthesis:
         generator.requires_grad_(False)
+    refuse_frozen_random(generator)
     if encoder.train_tower:
         _open_encoder(cast(DualEncoder, encoder.plain), wanted)
     elif told := sorted({"vision", "text"} & wanted.keys()):
