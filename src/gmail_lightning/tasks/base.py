@@ -137,14 +137,14 @@ class BaseTask(AveragedWeights, ABC):
                 "batch_size and set contrastive_chunk_size to fit it into memory, or set allow_small_negatives=True to "
                 "accept the smaller batch."
             )
-        # Frozen modules have constant buffers; leaving them out keeps evaluation steps free of collectives under DDP.
-        trained = self._trained_buffers()
-        self._ddp_params_and_buffers_to_ignore = [n for n, b in self.named_buffers() if id(b) not in trained]
         if stage != "predict":
             verb = "test" if stage == "test" else "val"
             sets = getattr(getattr(trainer, "datamodule", None), "eval_sets", None)
             for name in ["eval"] if sets is None else sets.get(verb, []):
                 self.metrics[f"{verb}/{set_key(name)}"] = nn.ModuleDict(self.build_metrics(name))
+        # Frozen modules have constant buffers; leaving them out keeps evaluation steps free of collectives under DDP.
+        trained = self._trained_buffers()
+        self._ddp_params_and_buffers_to_ignore = [n for n, b in self.named_buffers() if id(b) not in trained]
 
     def on_fit_start(self) -> None:
         """Compares cached features with the encoder, whose weights are restored by now."""

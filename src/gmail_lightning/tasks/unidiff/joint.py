@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.losses.diffusion import denoising_errors
-from gmail_lightning.metrics import FeatureSpread, GenerationScore, ImageTextRecall, ZeroShotAccuracy
+from gmail_lightning.metrics import FeatureSpread, ImageTextRecall, ZeroShotAccuracy
 from gmail_lightning.metrics.retrieval import full_precision
 from gmail_lightning.models import DualEncoder
 from gmail_lightning.models.averaging import EarlierWeights
@@ -129,6 +129,21 @@ class JointTask(MakesImages, EncoderTask):
 
     # Evaluation
 
+    def setup(self, stage: str) -> None:
+        """Refuses a ``score`` of a set that there is not.
+
+        Raises:
+            MisconfigurationException: Naming it and those that there are.
+        """
+        super().setup(stage)
+        sets = getattr(getattr(self.trainer, "datamodule", None), "eval_sets", None) or {}
+        known = {name for names in sets.values() for name in names}
+        asked = () if self.score is None else self.score.eval_sets or ()
+        if known and (unknown := sorted(set(asked) - known)):
+            raise MisconfigurationException(
+                f"score.eval_sets: no set is called {', '.join(unknown)}: there is {', '.join(sorted(known))}."
+            )
+
     def build_metrics(self, eval_set: str) -> dict[str, Metric]:
         """Of both abilities, and of what the features have become."""
         built: dict[str, Metric] = {
@@ -148,8 +163,8 @@ class JointTask(MakesImages, EncoderTask):
             if "zero_shot" in built:
                 classes = len(self._classes[eval_set].names)
                 built["interpolated_zero_shot"] = ZeroShotAccuracy(classes, prefix="interpolated_")
-        if self.score is not None and ("test" if self.trainer.testing else "val") in self.score.stages:
-            built["score"] = GenerationScore(prefix="scorer_")
+        if self.score is not None:
+            built |= self.score.build_metrics(eval_set, "test" if self.trainer.testing else "val")
         return built
 
     def on_validation_epoch_start(self) -> None:
@@ -178,11 +193,10 @@ class JointTask(MakesImages, EncoderTask):
             self._update_interpolated(metrics, batch)
         pixels = self._pixels(batch)
         self._update_denoising(metrics["denoising"], pixels, batch, first)
-        if "score" in metrics:
-            assert self.score is not None
+        if self.score is not None:
             rows = real.nonzero().squeeze(1)
             captions = [batch["caption"][row] for row in rows.tolist()]
-            self.score.update(metrics["score"], self.generator, pixels[rows], captions, batch["row_id"][rows])
+            self.score.update(metrics, self.generator, pixels[rows], captions, batch["row_id"][rows])
 
     def _update_zero_shot(self, metrics: Mapping[str, Any], name: str, images: Tensor, batch: ImageTextBatch) -> None:
         """Adds the real images to the accuracy of this name, if the set has classes."""

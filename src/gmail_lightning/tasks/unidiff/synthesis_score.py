@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
+from gmail_lightning.metrics.generation import GenerationScore
 from gmail_lightning.models.base import DualEncoder
 from gmail_lightning.models.generative import ImageGenerator
 from gmail_lightning.transforms.image import resize
@@ -20,32 +23,64 @@ class SynthesisScore(nn.Module):
 
     KID and CMMD compare the images with the real ones of the set, both at the generator's size, and CLIPScore with
     their captions; all on features of ``scorer``. The usual figures are on Inception's (KID) and on those of CLIP
-    ViT-L/14 at 336 pixels (CMMD): compare such only with others of the same scorer.
+    ViT-L/14 at 336 pixels (CMMD): compare such only with others of the same scorer. FID is torchmetrics', on Inception;
+    it is biased below some 10,000 images, so compare equal numbers alone.
 
     Args:
         scorer: A CLIP other than the one that is trained.
         num_images: For the real ones among so many first rows of each set; None: for every real row.
         stages: ``val`` and ``test``, or ``test`` alone.
+        eval_sets: Names of the sets that images are made for; None: of all.
+        fid_weights: File of Inception's weights as torch-fidelity publishes them, for FID.
+
+    Raises:
+        ValueError: If ``num_images`` is below 2, or ``fid_weights`` is no file.
+        ModuleNotFoundError: If ``fid_weights`` is given and torch-fidelity is not installed.
     """
 
-    def __init__(self, scorer: DualEncoder, num_images: int | None = None, stages: Sequence[Stage] = ("test",)) -> None:
+    def __init__(
+        self,
+        scorer: DualEncoder,
+        num_images: int | None = None,
+        stages: Sequence[Stage] = ("test",),
+        eval_sets: Sequence[str] | None = None,
+        fid_weights: str | None = None,
+    ) -> None:
         super().__init__()
         if num_images is not None and num_images < 2:
             raise ValueError(f"num_images={num_images}: a distance between two sets needs at least 2 of each.")
         self.scorer, self.num_images, self.stages = scorer.requires_grad_(False).eval(), num_images, tuple(stages)
+        self.eval_sets = None if eval_sets is None else tuple(eval_sets)
+        self.inception: Any = None if fid_weights is None else _inception(fid_weights)
 
     def train(self, mode: bool = True) -> SynthesisScore:
         """Stays in eval mode."""
         return super().train(False)
 
+    def build_metrics(self, eval_set: str, stage: Stage) -> dict[str, Metric]:
+        """What ``update`` fills for a set: ``scorer_kid``, ``scorer_cmmd`` and ``scorer_clip_score``, and ``fid``."""
+        if stage not in self.stages or not (self.eval_sets is None or eval_set in self.eval_sets):
+            return {}
+        built: dict[str, Metric] = {"score": GenerationScore(prefix="scorer_")}
+        if self.inception is not None:
+            from torchmetrics.image.fid import FrechetInceptionDistance
+
+            built["fid"] = cast(Metric, MetricCollection({"fid": FrechetInceptionDistance(self.inception)}))
+        return built
+
     @torch.no_grad()
     def update(
-        self, metric: Any, generator: ImageGenerator, real: Tensor, captions: list[str], row_ids: Tensor
+        self,
+        metrics: Mapping[str, Any],
+        generator: ImageGenerator,
+        real: Tensor,
+        captions: list[str],
+        row_ids: Tensor,
     ) -> None:
-        """Adds a batch to a ``GenerationScore``.
+        """Adds a batch to what ``build_metrics`` gave, if it gave something.
 
         Args:
-            metric: The score.
+            metrics: By their names there; others are left alone.
             generator: Makes the images, each with the number of its row as seed.
             real: Pixels in [0, 1], shape (B, 3, H, W).
             captions: B prompts.
@@ -54,20 +89,46 @@ class SynthesisScore(nn.Module):
         Raises:
             RuntimeError: If an image is not finite.
         """
+        if "score" not in metrics:
+            return
         seeds = row_ids.tolist()
         chosen = [i for i, seed in enumerate(seeds) if self.num_images is None or seed < self.num_images]
         if not chosen:
             empty = real.new_zeros(0, self.scorer.embed_dim)
-            metric.update(empty, empty, empty)
+            metrics["score"].update(empty, empty, empty)
             return
         prompts = [captions[i] for i in chosen]
-        images = generator.generate(prompts, [seeds[i] for i in chosen]).image.to(real.device)
-        if not torch.isfinite(images).all():
+        made = generator.generate(prompts, [seeds[i] for i in chosen]).image.to(real.device)
+        if not torch.isfinite(made).all():
             raise RuntimeError("The generator made images that are not finite: the training has diverged.")
         text = self.scorer.text_spec.encode(prompts).to(real.device)
-        metric.update(self._features(images), self._features(real[chosen]), self.scorer.encode_text(text).float())
+        generated, taken = _as_bytes(made), _as_bytes(real[chosen])
+        metrics["score"].update(self._features(generated), self._features(taken), self.scorer.encode_text(text).float())
+        if "fid" in metrics:
+            metrics["fid"].update(generated, real=False)
+            metrics["fid"].update(taken, real=True)
 
     def _features(self, image: Tensor) -> Tensor:
-        """Of pixels in [0, 1], shape (B, 3, H, W), which are rounded to bytes as a file would hold them."""
-        pixels = (image.float() * 255).round().clamp(0, 255).to(torch.uint8)
-        return self.scorer.encode_image(torch.stack([resize(one, self.scorer.image_spec) for one in pixels])).float()
+        """Of uint8 pixels, shape (B, 3, H, W)."""
+        return self.scorer.encode_image(torch.stack([resize(one, self.scorer.image_spec) for one in image])).float()
+
+
+def _as_bytes(image: Tensor) -> Tensor:
+    """Pixels in [0, 1], shape (B, 3, H, W), as a file would hold them."""
+    return (image.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _inception(weights: str) -> nn.Module:
+    if not Path(weights).is_file():
+        raise ValueError(
+            f"fid_weights: {weights} is no file. Give pt_inception-2015-12-05-6726825d.pth, which torch-fidelity "
+            "(github.com/toshas/torch-fidelity) has among its releases."
+        )
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    try:
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("fid_weights needs torch-fidelity: pip install 'gmail_lightning[fid]'.") from error
+    network.num_features = 2048
+    return network
