@@ -8,7 +8,7 @@ from gmail_lightning.command.main import main
 from gmail_lightning.command.recipes import recipes_folder
 from gmail_lightning.models import ReciprocalConsistency
 
-RECIPES = sorted(p for p in recipes_folder().rglob("*.yaml") if p.parent.name not in ("trainer", "rivals"))
+RECIPES = sorted(p for p in recipes_folder().rglob("*.yaml") if p.parent.name not in ("trainer", "rivals", "domains"))
 OVERLAYS = sorted((recipes_folder() / "trainer").glob("*.yaml"))
 RIVALS = sorted((recipes_folder() / "rivals").glob("*.yaml"))
 

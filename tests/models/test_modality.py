@@ -280,3 +280,9 @@ def test_from_checkpoint_says_what_is_wrong(recorded, tmp_path) -> None:
         ModalityEncoder.from_checkpoint(path)
     with pytest.raises(ValueError, match="give one of frozen, projected, adapted"):
         ModalityEncoder(OpenCLIPEncoder(**recorded["init_args"]), branch=LoRA(), real_path="shared")
+
+
+def test_a_router_that_routes_nothing_says_so() -> None:
+    said = ModalityEncoder(OpenCLIPEncoder(pretrained="emoji"), train_tower=True).describe()
+    assert said.startswith("Images of both modalities, and texts: the plain encoder. ")
+    assert "frozen" not in said

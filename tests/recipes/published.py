@@ -15,6 +15,8 @@ from gmail_lightning.command.main import main
 from gmail_lightning.command.recipes import recipes_folder
 
 COUNTED = {"Flickr30k", "ShareGPT4V", "Urban1k", "ScienceQA", "ClassificationDataset"}
+#: Folders of recipes at the scale of a paper.
+PAPERS = ("gmail", "unidiff")
 HERE = {  # a machine of two cores
     "trainer.accelerator": "cpu",
     "trainer.devices": 1,
@@ -24,8 +26,19 @@ HERE = {  # a machine of two cores
 STEPS = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "trainer.log_every_n_steps": 1}
 
 
+def place(name: str) -> Path:
+    """The file of a recipe at paper scale."""
+    (found,) = [path for folder in PAPERS for path in (recipes_folder() / folder).glob(f"{name}.yaml")]
+    return found
+
+
+def runs(name: str) -> Path:
+    """The folder of its runs."""
+    return Path(f"runs/{place(name).parent.name}-{name}")
+
+
 def recipe(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((recipes_folder() / f"gmail/{name}.yaml").read_text())
+    content: dict[str, Any] = yaml.safe_load(place(name).read_text())
     return content
 
 
@@ -33,7 +46,7 @@ def header(name: str) -> dict[str, str]:
     """The leading comments of a recipe, by the word before the colon; what goes on below is joined."""
     parts: dict[str, str] = {"": ""}
     key = ""
-    for line in (recipes_folder() / f"gmail/{name}.yaml").read_text().splitlines():
+    for line in place(name).read_text().splitlines():
         if not line.startswith("#"):
             break
         text = line.removeprefix("#")
@@ -70,7 +83,12 @@ def overrides(values: Mapping[str, Any]) -> list[str]:
 
 
 def subsets(name: str) -> dict[str, Any]:
-    """The data of a recipe as what they are here: every data set with published counts says that it is a subset."""
+    """The data of a recipe as what they are here, see ``as_subsets``."""
+    return as_subsets(recipe(name)["data"]["init_args"])
+
+
+def as_subsets(data: dict[str, Any]) -> dict[str, Any]:
+    """What changes where every data set with published counts says that it is a subset."""
 
     def told(entry: Any) -> Any:
         if isinstance(entry, list):
@@ -82,7 +100,6 @@ def subsets(name: str) -> dict[str, Any]:
             return {**entry, "init_args": {**given, "subset": True}}
         return entry
 
-    data = recipe(name)["data"]["init_args"]
     stages = ("train", "val", "test", "predict", "captions", "evaluation")
     changed = {stage: told(data[stage]) for stage in stages if stage in data}
     return {f"data.init_args.{stage}": value for stage, value in changed.items() if value != data[stage]}
@@ -115,7 +132,7 @@ def run(verb: str, name: str, given: Mapping[str, Any], *more: str, before: str 
 def follow(name: str, given: Mapping[str, Any], *more: str, before: str | Path | None = None) -> Path:
     """Fits, tests and predicts, the last two from the checkpoint of the first; returns the folder of the run."""
     run("fit", name, given, *more, before=before)
-    folder = newest(f"runs/gmail-{name}")
+    folder = newest(runs(name))
     run("test", name, given, *more, "--ckpt_path", "last", before=before)
     data = recipe(name)["data"]["init_args"]
     shown = {} if "predict" in data else {"data.init_args.predict": next(iter(evaluation(name).values()))}

@@ -6,6 +6,7 @@ Names, keys and folders are those of the published archives; pictures and captio
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -24,6 +25,7 @@ THINGS = ["dog", "sofa", "red bus", "plate of pasta", "surfer", "kite", "clock t
 DEEDS = ["stands near a fence", "is seen from above", "waits in the rain", "lies on a table", "fills the whole picture"]
 CAPTIONS_PER_IMAGE = 5
 SHARE_VALIDATION = 1000  # the first entries of ShareGPT4V are its validation set
+PRODUCTS = 12  # of each group of DeepFashion, and of the product table
 WITH_30 = 3  # classes of Caltech101 that have more images than the 30 for training
 
 
@@ -239,6 +241,33 @@ def classes(data: Path) -> str:
     return "data: caltech101, dtd, fgvc-aircraft-2013b, food-101, oxford-iiit-pet, stanford_cars, SUN397"
 
 
+def deepfashion(data: Path) -> str:
+    """``captions.json`` beside its images, and a product table beside its photographs, two of each product."""
+    captions = {}
+    for number in range(2 * PRODUCTS):
+        product = number // 2
+        for group, kind in (("MEN", "Denim"), ("WOMEN", "Dresses")):
+            name = f"{group}-{kind}-id_{product:08d}-0{number % 2 + 1}_1_front.jpg"
+            captions[name] = f"The person wears {sentence(50_000 + number)}"
+            write(data / "deepfashion/images" / name, jpeg(50_000 + number + PRODUCTS * (group == "MEN")))
+        write(data / f"shop/images/{number}.jpg", jpeg(52_000 + number))
+    write(data / "deepfashion/captions.json", json.dumps(captions))
+    rows = [f'{number // 2},{number}.jpg,"{sentence(52_000 + number)}"' for number in range(2 * PRODUCTS)]
+    write(data / "shop/products.csv", "\n".join(["sku,photo,title", *rows]) + "\n")
+    return f"data/deepfashion and data/shop: {PRODUCTS} products a group"
+
+
+def fashion_mnist(data: Path, per_class: int = 12) -> str:
+    """The four idx files."""
+    for split, seed in (("train", 0), ("t10k", 1)):
+        labels = np.repeat(np.arange(10, dtype=np.uint8), per_class)
+        images = np.random.default_rng(seed).integers(0, 256, (len(labels), 28, 28), dtype=np.uint8)
+        for name, array in ((f"{split}-images-idx3-ubyte", images), (f"{split}-labels-idx1-ubyte", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+            write(data / "fashion-mnist" / f"{name}.gz", gzip.compress(header + array.tobytes()))
+    return f"data/fashion-mnist: {per_class} images of each class a split"
+
+
 MAKERS: dict[str, Callable[[Path], str]] = {
     "coco": coco,
     "flickr30k": flickr30k,
@@ -248,6 +277,8 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "scienceqa": scienceqa,
     "imagenet": imagenet,
     "classes": classes,
+    "deepfashion": deepfashion,
+    "fashion_mnist": fashion_mnist,
 }
 
 

@@ -171,3 +171,28 @@ def open_clip_folder(folder: Path) -> Path:
     plain = OpenCLIPEncoder(config={**SHALLOW_L14[224], "vision_cfg": {**SHALLOW_L14[224]["vision_cfg"], "width": 64}})
     save_open_clip(folder, plain.model_config, plain.preprocess_config, plain.model.state_dict(), plain.merges)
     return folder
+
+
+def stable_diffusion(folder: Path, clip: Path) -> Path:
+    """Stable Diffusion in small; its text encoder is the text tower of ``clip``, a file of ``SHALLOW_L14[224]``."""
+    import tiny_pipelines
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from gmail_lightning.models.encoders.byte_pairs import clip_tokenizer, read_byte_pairs
+    from gmail_lightning.models.encoders.conversion import clip_text_model
+    from gmail_lightning.models.encoders.open_clip import OpenCLIPEncoder
+
+    config = SHALLOW_L14[224]
+    text = clip_text_model(OpenCLIPEncoder(config=config, pretrained=str(clip)))
+    torch.manual_seed(0)
+    StableDiffusionPipeline(
+        vae=tiny_pipelines.vae(),
+        text_encoder=text,
+        tokenizer=clip_tokenizer(read_byte_pairs(None), config["text_cfg"]["context_length"]),
+        unet=tiny_pipelines.unet(context=config["text_cfg"]["width"]),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder

@@ -14,6 +14,7 @@ from gmail_lightning.datamodules import ImageTextDataModule
 from gmail_lightning.generation.images.assignment import Mode
 
 WRITER_FLAGS: dict[str, tuple[Any, str]] = {
+    "out": (str, "the folder to write."),
     "worker": (str, "i/n makes one of n shares of the images, as an independent process."),
     "mode": (Mode, "make what is missing, begin anew, or add another recipe's images."),
     "dry_run": (bool, "make the images of the first 8 prompts only, beside the folder."),

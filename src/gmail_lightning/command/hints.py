@@ -131,7 +131,7 @@ def _unknown_key(key: str) -> str:
     return _advice(
         first,
         "Top-level keys",
-        (*sections, "seed_everything", "name", "allow_untrained", "ckpt_path", "worker", "mode", "dry_run"),
+        (*sections, "seed_everything", "name", "allow_untrained", "ckpt_path", "out", "worker", "mode", "dry_run"),
     )
 
 

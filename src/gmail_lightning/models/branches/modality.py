@@ -279,10 +279,10 @@ class ModalityEncoder(WrappedEncoder):
         if self.alignment is not None:
             generated += f", as in {self.alignment['path']}"
         trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        return (
-            f"Real images: {self.real_path} path. Generated images: {generated}. Text side: {self.text_side}. "
-            f"{trained:,} parameters of the encoder are trained."
-        )
+        ways = f"Real images: {self.real_path} path. Generated images: {generated}. Text side: {self.text_side}."
+        if self.train_tower:
+            ways = "Images of both modalities, and texts: the plain encoder."
+        return f"{ways} {trained:,} parameters of the encoder are trained."
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, encoder: ImageEncoder | None = None) -> Self:
