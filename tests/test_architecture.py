@@ -143,7 +143,7 @@ def test_an_override_of_a_hook_calls_that_of_its_base() -> None:
                 overrides.append(f"{cls.__name__}.{name}")
                 if f"super().{name}(" not in inspect.getsource(function):
                     skipping.append(overrides[-1])
-    assert "TextToImageTask.on_save_checkpoint" in overrides
+    assert "TunesPipeline.on_save_checkpoint" in overrides
     assert len(overrides) >= 20
     assert not skipping
 

@@ -231,7 +231,7 @@ def test_what_cannot_be_trained_is_refused(folders: dict[str, Path]) -> None:
     assert TextToImageTask(without_signal, prediction_type="v_prediction").objective.alphas_cumprod[-1] == 0
     task = make(folders["sd"], prediction_type="v_prediction")
     assert task.generator.pipeline.scheduler.config.prediction_type == "v_prediction"
-    with pytest.raises(MisconfigurationException, match="predict with ImageGenerationTask"):
+    with pytest.raises(MisconfigurationException, match="predict with PromptDataModule"):
         task.predict_step({}, 0)
 
 

@@ -26,7 +26,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from generation_ranks import Captions
 
 
-def predict(task: UniDiffTask, folder: Path, ckpt_path: Path | None = None) -> list[dict[str, Any]]:
+def joint(score: SynthesisScore | None = None) -> UniDiffTask:
+    return rates(score=score)
+
+
+def diffusion(score: SynthesisScore | None = None) -> TextToImageTask:
+    constant = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)  # noqa: E731
+    generator = DiffusersGenerator("emoji", num_inference_steps=2, guidance_scale=2.0)
+    return TextToImageTask(generator, ema_decay=0.5, lora_rank=2, scheduler=constant)
+
+
+def predict(task: UniDiffTask | TextToImageTask, folder: Path, ckpt_path: Path | None = None) -> list[dict[str, Any]]:
     """Rows of the manifest."""
     prompts = Captions(["a red heart", "a dog", "a slice of pizza", "a rocket"])
     data = PromptDataModule(prompts, evaluation={}, batch_size=3)
@@ -37,12 +47,13 @@ def predict(task: UniDiffTask, folder: Path, ckpt_path: Path | None = None) -> l
 
 
 @pytest.mark.slow
-def test_the_writer_stores_the_images_of_a_checkpoint(tmp_path: Path) -> None:
-    trained = rates()
+@pytest.mark.parametrize("build", [joint, diffusion])
+def test_the_writer_stores_the_images_of_a_checkpoint(tmp_path: Path, build: Any) -> None:
+    trained = build()
     saved = ModelCheckpoint(tmp_path / "saved", filename="end")
     fit(trained, tmp_path, 2, callbacks=[saved])
     score = SynthesisScore(OpenCLIPEncoder(pretrained="emoji_scorer"), 6, ("test",))
-    found = predict(rates(score=score), tmp_path / "set", tmp_path / "saved" / "end.ckpt")
+    found = predict(build(score), tmp_path / "set", tmp_path / "saved" / "end.ckpt")
 
     dataset = TarShards(tmp_path / "set")
     assert set(dataset.modality) == {Modality.GENERATED}
@@ -57,12 +68,12 @@ def test_the_writer_stores_the_images_of_a_checkpoint(tmp_path: Path) -> None:
     for index, image in enumerate(expected):
         stored = dataset.image(index).permute(1, 2, 0).numpy() / 255
         assert np.abs(stored - image).max() <= 0.5 / 255 + 1e-5
-    assert all(row["clip_score"] is not None for row in found)
+    assert all((row["clip_score"] is not None) == (build is joint) for row in found)  # the other has no scorer
 
-    before = predict(rates(), tmp_path / "before")  # the recipe's name tells the weights, and so do the images' names
+    before = predict(build(), tmp_path / "before")  # the recipe's name tells the weights, and so do the images' names
     assert {row["key"] for row in found}.isdisjoint(row["key"] for row in before)
     with pytest.raises(MisconfigurationException, match="revision"):
-        predict(rates(), tmp_path / "set")
+        predict(build(), tmp_path / "set")
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])

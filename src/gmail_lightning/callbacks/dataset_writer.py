@@ -125,8 +125,8 @@ class DatasetWriter(Callback):
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, MakesImages) and isinstance(data, PromptDataModule)):
             raise MisconfigurationException(
-                "DatasetWriter writes what ImageGenerationTask or UniDiffTask makes of PromptDataModule, with predict; "
-                f"here are {type(pl_module).__name__} and {type(data).__name__}."
+                "DatasetWriter writes what ImageGenerationTask, TextToImageTask or UniDiffTask makes of "
+                f"PromptDataModule, with predict; here are {type(pl_module).__name__} and {type(data).__name__}."
             )
         cast(Any, trainer).predict_loop.return_predictions = False  # they would be kept until the end
         data.schedule(partial(self._schedule, trainer, pl_module, data))

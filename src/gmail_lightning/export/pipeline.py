@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from gmail_lightning.models.branches.record import import_recorded
-from gmail_lightning.tasks import TextToImageTask, UniDiffTask
 from gmail_lightning.tasks.base import BaseTask
+from gmail_lightning.tasks.image_generation import TunesPipeline
 
 
 def write_pipeline(checkpoint: str | Path, folder: Path, dtype: torch.dtype) -> None:
@@ -31,7 +31,7 @@ def write_pipeline(checkpoint: str | Path, folder: Path, dtype: torch.dtype) -> 
             "load_from_checkpoint with its models, and then save_pipeline(folder)."
         )
     kind = import_recorded({"class_path": recorded}, checkpoint, "task", BaseTask)
-    if not issubclass(kind, (TextToImageTask, UniDiffTask)):
+    if not issubclass(kind, TunesPipeline):
         raise ValueError(f"{checkpoint}: a {recorded} trains no pipeline, so to='diffusers' has nothing to write.")
     task = kind.load_from_checkpoint(checkpoint, map_location="cpu")
     if dtype == torch.float32:

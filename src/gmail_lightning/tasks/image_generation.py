@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 
+from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.metrics.clip_score import clip_score
 from gmail_lightning.models.base import DualEncoder
 from gmail_lightning.models.branches.fingerprint import fingerprint
 from gmail_lightning.models.generative import GeneratedImages, ImageGenerator
+from gmail_lightning.models.generators.diffusion import DiffusersGenerator
+from gmail_lightning.models.generators.tuning import check_pipeline, pipeline_record, save_tuned
+from gmail_lightning.models.weights import weights_digest
 from gmail_lightning.tasks.base import BaseTask
 from gmail_lightning.transforms.image import resize
 from gmail_lightning.types import InputSpec, PromptBatch
@@ -72,8 +79,17 @@ class MakesImages(BaseTask):
         wave = sum(wave for _, _, wave, *_ in weights.values())  # rounded far above what the order of a sum changes
         return {"scorer": type(scorer).__name__, "scorer_weights": f"{len(weights)} tensors, wave {wave:.4f}"}
 
-    def make_images(self, batch: PromptBatch) -> ScoredImages:
-        """One image per prompt, (B, 3, H, W)."""
+    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> Any:  # type: ignore[override]
+        """One image per prompt, (B, 3, H, W), with scores.
+
+        Raises:
+            MisconfigurationException: If the batch holds no prompts.
+        """
+        if "seed" not in batch:
+            raise MisconfigurationException(
+                f"{type(self).__name__} makes images of prompts: predict with PromptDataModule and the callback "
+                "DatasetWriter (recipes/emoji/generate.yaml)."
+            )
         with quiet("diffusers", "transformers.tokenization_utils_base"):  # cut prompts are counted, not told each time
             images = self.generator.generate(batch["prompt"], batch["seed"])
             truncated = self.generator.truncated(batch["prompt"])
@@ -128,9 +144,52 @@ class ImageGenerationTask(MakesImages):
         """Whether the generator's weights are more than a random initialisation."""
         return self.generator.pretrained
 
-    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> ScoredImages:  # type: ignore[override]
-        """See ``make_images``."""
-        return self.make_images(batch)
+
+class TunesPipeline(MakesImages):
+    """A task that trains a pipeline, which is evaluated, makes images and is written with the averaged weights."""
+
+    generator: DiffusersGenerator
+
+    def text_encoder_to_write(self) -> nn.Module | None:
+        """A text encoder of transformers in the place of the pipeline's own; None: its own."""
+        return None
+
+    def weights_of_images(self) -> Iterable[tuple[str, Tensor]]:
+        """The weights that images depend on, by name."""
+        return self.generator.named_parameters()
+
+    def describe_generator(self) -> dict[str, Any]:
+        """The pipeline's; the revision also tells the weights, as they are evaluated."""
+        described = super().describe_generator()
+        with self.averaged_weights():
+            digest = weights_digest(self.weights_of_images())
+        return {**described, "revision": f"{described['revision']}+{digest}"}
+
+    def on_train_end(self) -> None:
+        """Writes the pipeline to ``pipeline/`` in the run folder."""
+        super().on_train_end()
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "pipeline"
+        on_first_rank(partial(self.save_pipeline, folder), self.trainer)
+        rank_zero_info(f"Pipeline: {folder}")
+
+    def save_pipeline(self, folder: str | Path) -> None:
+        """Writes the pipeline in diffusers' layout: averaged weights, adapters merged, ready for any loader."""
+        with self.averaged_weights():
+            save_tuned(self.generator, folder, self.text_encoder_to_write())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the pipeline that frozen tensors come from."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["pipeline"] = pipeline_record(self.generator)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that leans on another pipeline.
+
+        Raises:
+            MisconfigurationException: Naming both pipelines.
+        """
+        super().on_load_checkpoint(checkpoint)
+        check_pipeline(self.generator, checkpoint.get("pipeline", {}))
 
 
 @contextmanager

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.losses.diffusion import PredictionType, denoising_errors
 from gmail_lightning.models.averaging import WeightAverage
 from gmail_lightning.models.generators.diffusion import DiffusersGenerator
 from gmail_lightning.models.generators.objective import DenoisingObjective, drop_prompts
-from gmail_lightning.models.generators.tuning import (
-    check_pipeline,
-    open_unet,
-    pipeline_record,
-    refuse_frozen_random,
-    require_tunable,
-    save_tuned,
-)
-from gmail_lightning.tasks.base import BaseTask
-from gmail_lightning.tasks.image_generation import require_whole_weights
+from gmail_lightning.models.generators.tuning import open_unet, refuse_frozen_random, require_tunable
+from gmail_lightning.tasks.image_generation import TunesPipeline
 from gmail_lightning.types import ImageTextBatch, InputSpec
 
 
-class TextToImageTask(BaseTask):
+class TextToImageTask(TunesPipeline):
     """Denoising of images given their captions: Stable Diffusion 1.x and 2.x in latents, or a UNet in pixel space (IF).
 
     All rows are trained on, real or generated, with a caption each. At the end of training the whole pipeline (averaged
     weights, adapters merged) is written to ``pipeline/`` in the run folder, for ``DiffusersGenerator`` and diffusers
-    alike. Noise and timesteps depend on the seed, the batch's number and the rank, so a resumed run draws the same.
+    alike; ``predict`` makes images of prompts by it, which ``DatasetWriter`` stores. Noise and timesteps depend on the
+    seed, the batch's number and the rank, so a resumed run draws the same.
 
     Args:
         generator: The pipeline; its scheduler gives the noise schedule. Its settings are those of the sample images.
@@ -101,11 +89,6 @@ class TextToImageTask(BaseTask):
         """False where part of the pipeline has random weights."""
         return self.generator.pretrained
 
-    def setup(self, stage: str) -> None:
-        """Refuses a precision that converts the weights, see ``require_whole_weights``."""
-        super().setup(stage)
-        require_whole_weights(str(self.trainer.precision))
-
     # Training
 
     def compute_losses(self, batch: ImageTextBatch) -> dict[str, Tensor]:
@@ -115,12 +98,6 @@ class TextToImageTask(BaseTask):
         noised = self.objective.draw(self.generator.encode_pixels(batch["image"], draws), draws)
         prediction = self.objective.denoise(noised, self.generator.encode_text(text)).prediction
         return {"loss": self.objective.loss(prediction, noised, batch.get("weight"))}
-
-    def on_train_end(self) -> None:
-        """Writes the pipeline."""
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "pipeline"
-        on_first_rank(partial(self.save_pipeline, folder), self.trainer)
-        rank_zero_info(f"Pipeline: {folder}")
 
     # Evaluation
 
@@ -135,35 +112,3 @@ class TextToImageTask(BaseTask):
         first = torch.searchsorted(batch["text_row"], torch.arange(len(clean), device=clean.device))
         prediction = self.objective.denoise(noised, self.generator.encode_text(batch["text"][first])).prediction
         metrics["denoising"].update(denoising_errors(prediction, noised.target))
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Images are made by another task, out of prompts.
-
-        Raises:
-            MisconfigurationException: Always.
-        """
-        raise MisconfigurationException(
-            "TextToImageTask trains a generator. To make images with it, predict with ImageGenerationTask and the "
-            "pipeline that training wrote (recipes/emoji/generate.yaml)."
-        )
-
-    # What is kept
-
-    def save_pipeline(self, folder: str | Path) -> None:
-        """Writes the pipeline in diffusers' layout: averaged weights, adapters merged, ready for any loader."""
-        with self.averaged_weights():
-            save_tuned(self.generator, folder)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the pipeline that frozen tensors come from."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["pipeline"] = pipeline_record(self.generator)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint that leans on another pipeline.
-
-        Raises:
-            MisconfigurationException: Naming both pipelines.
-        """
-        super().on_load_checkpoint(checkpoint)
-        check_pipeline(self.generator, checkpoint.get("pipeline", {}))

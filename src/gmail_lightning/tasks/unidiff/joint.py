@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from gmail_lightning.distributed import on_first_rank
 from gmail_lightning.losses.diffusion import denoising_errors
 from gmail_lightning.metrics import FeatureSpread, ImageTextRecall, ZeroShotAccuracy
 from gmail_lightning.metrics.retrieval import full_precision
@@ -26,11 +23,10 @@ from gmail_lightning.models.encoders.conversion import clip_text_model
 from gmail_lightning.models.generators.diffusion import DiffusersGenerator
 from gmail_lightning.models.generators.objective import DenoisingObjective
 from gmail_lightning.models.generators.shared_text import share_text_tower
-from gmail_lightning.models.generators.tuning import check_pipeline, pipeline_record, require_tunable, save_tuned
-from gmail_lightning.models.weights import weights_digest
+from gmail_lightning.models.generators.tuning import require_tunable
 from gmail_lightning.tasks.classification import class_embeddings
 from gmail_lightning.tasks.encoder_task import EncoderTask, require_text
-from gmail_lightning.tasks.image_generation import MakesImages
+from gmail_lightning.tasks.image_generation import TunesPipeline
 from gmail_lightning.tasks.retrieval import update_recall
 from gmail_lightning.tasks.unidiff.synthesis_score import SynthesisScore
 from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality
@@ -38,7 +34,7 @@ from gmail_lightning.types import Classes, ImageTextBatch, InputSpec, Modality
 VIEW = "diffusion_image"  # of the picture that the diffusion model is trained on
 
 
-class JointTask(MakesImages, EncoderTask):
+class JointTask(TunesPipeline, EncoderTask):
     """A CLIP and a diffusion model that read the same pictures, each at its size, and may share a text tower.
 
     Evaluation gives retrieval, zero-shot accuracy on the sets that have classes, the denoising loss, the spread of both
@@ -50,8 +46,6 @@ class JointTask(MakesImages, EncoderTask):
 
     Subclasses say what trains (``_track_earlier`` then takes note of it) and by which loss.
     """
-
-    generator: DiffusersGenerator
 
     def __init__(
         self,
@@ -114,18 +108,6 @@ class JointTask(MakesImages, EncoderTask):
                 "UniDiffTask needs the pixels of every row: give the data sets without a store of features or tokens."
             )
         return cast(Tensor, pixels)
-
-    def on_train_end(self) -> None:
-        """Writes the pipeline."""
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "pipeline"
-        on_first_rank(partial(self.save_pipeline, folder), self.trainer)
-        rank_zero_info(f"Pipeline: {folder}")
-
-    def save_pipeline(self, folder: str | Path) -> None:
-        """Writes the pipeline in diffusers' layout: averaged weights, adapters merged, the shared text tower in it."""
-        with self.averaged_weights():
-            text = clip_text_model(cast(DualEncoder, self.encoder.plain)) if self.text_tower == "shared" else None
-            save_tuned(self.generator, folder, text)
 
     # Evaluation
 
@@ -231,31 +213,17 @@ class JointTask(MakesImages, EncoderTask):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """An image for each prompt of a ``PromptDataModule``; of pictures their features, as ``EncoderTask``."""
-        return self.make_images(batch) if "seed" in batch else super().predict_step(batch, batch_idx)
+        kind = TunesPipeline if "seed" in batch else EncoderTask
+        return kind.predict_step(self, batch, batch_idx)
 
     def image_scorer(self) -> DualEncoder | None:
         """That of ``score``."""
         return None if self.score is None else self.score.scorer
 
-    def describe_generator(self) -> dict[str, Any]:
-        """The pipeline's; the revision also tells the weights of both models, as they are evaluated."""
-        described = super().describe_generator()
-        with self.averaged_weights():
-            digest = weights_digest([*self.encoder.named_parameters(), *self.generator.named_parameters()])
-        return {**described, "revision": f"{described['revision']}+{digest}"}
+    def weights_of_images(self) -> Iterable[tuple[str, Tensor]]:
+        """Of both models."""
+        return chain(self.encoder.named_parameters(), super().weights_of_images())
 
-    # What is kept
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the pipeline that frozen tensors come from."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["pipeline"] = pipeline_record(self.generator)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint that leans on another pipeline.
-
-        Raises:
-            MisconfigurationException: Naming both pipelines.
-        """
-        super().on_load_checkpoint(checkpoint)
-        check_pipeline(self.generator, checkpoint.get("pipeline", {}))
+    def text_encoder_to_write(self) -> nn.Module | None:
+        """The CLIP's, where the pipeline reads through it."""
+        return clip_text_model(cast(DualEncoder, self.encoder.plain)) if self.text_tower == "shared" else None
