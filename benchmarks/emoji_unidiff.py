@@ -12,6 +12,7 @@ already are not run again.
 import argparse
 import csv
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,7 @@ TABLES = {
     ),
     "What the CLIP knew before (`outside`)": (
         "outside",
-        ("i2t_R@1", "t2i_R@1", "accuracy", "interpolated_accuracy", "interpolated_i2t_R@1", "scorer_kid"),
+        ("i2t_R@1", "t2i_R@1", "accuracy", "interpolated_accuracy", "interpolated_i2t_R@1"),
     ),
     "Half way to the weights before, and what the features have become (`novel`)": (
         "novel",
@@ -51,6 +52,7 @@ def run(variant: str, seed: int, folder: Path) -> None:
     """One run in a process of its own, unless it came to its end before."""
     if (folder / "done").exists():
         return
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     command = [sys.executable, "-m", "gmail_lightning", "fit", "--config", str(recipes_folder() / "emoji/unidiff.yaml")]
     command += [OVERRIDES[variant], f"--seed_everything={seed}", f"--trainer.default_root_dir={folder}"]
     subprocess.run(command, check=True, stdout=sys.stderr)

@@ -3,8 +3,9 @@
     python benchmarks/unidiff_step.py
 
 The embedded CLIP and pipeline, 32 rows, one thread. A step is that of a recipe: rows read and resized for each model,
-forward, backward, clipping, optimizer and average of the weights. Apart means that a CLIP trains by contrast, and a
-pipeline with its text tower by synthesis, each reading its own rows. Interleaved in one process, median of the ratios.
+forward, backward, clipping, optimizer and average of the weights. Apart are ``RetrievalTask`` on the CLIP and
+``TextToImageTask`` on the pipeline with its text encoder, each reading its own rows, as without ``UniDiffTask``.
+Interleaved in one process, median of the ratios.
 Memory: peak resident size of a fresh process over three steps, above its size before it built the models (Linux only).
 """
 
@@ -27,7 +28,9 @@ import torch
 from gmail_lightning.datamodules import MixedModalityDataModule
 from gmail_lightning.datasets import EmojiDataset
 from gmail_lightning.models import DiffusersGenerator, OpenCLIPEncoder, ReciprocalConsistency
-from gmail_lightning.tasks import UniDiffTask
+from gmail_lightning.models.averaging import WeightAverage
+from gmail_lightning.tasks import RetrievalTask, TextToImageTask, UniDiffTask
+from gmail_lightning.tasks.base import BaseTask
 
 ROUNDS, ROWS, TIME_GOAL, MEMORY_GOAL = 7, 32, 0.85, 1.0
 READINGS = ("reciprocal_kl", "feature", "image", "prediction_contrast")
@@ -43,21 +46,31 @@ for name in (
 warnings.filterwarnings("ignore")
 
 
+def build(name: str) -> BaseTask:
+    if name == "contrast":
+        task = RetrievalTask(OpenCLIPEncoder(pretrained="emoji_scorer"))
+        task.average = WeightAverage([p for p in task.parameters() if p.requires_grad], 0.99)
+        return task
+    generator = DiffusersGenerator("emoji")
+    if name == "synthesis":
+        return TextToImageTask(generator, min_snr_gamma=None, ema_decay=0.99, train_text_encoder=True)
+    consistency = ReciprocalConsistency(name) if name in READINGS else None
+    return UniDiffTask(OpenCLIPEncoder(pretrained="emoji_scorer"), generator, consistency, ema_decay=0.99)
+
+
 class Steps:
     """Training steps of a task on batches of its own."""
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
-        encoder = OpenCLIPEncoder(pretrained="emoji_scorer")
-        consistency = ReciprocalConsistency(name) if name in READINGS else None
-        weights = {f"{other}_weight": 0.0 for term, other in (APART, APART[::-1]) if name == term}
-        task = UniDiffTask(encoder, DiffusersGenerator("emoji"), consistency, **weights, ema_decay=0.99)
+        task = build(name)
         data = MixedModalityDataModule(
             EmojiDataset("noto"), mode="mixture", generated_fraction=0.0, batch_size=ROWS, input_spec=task.input_spec
         )
         data.setup("fit")
         self.task, self.batches = task, iter(data.train_dataloader())
-        self.optimizer = torch.optim.AdamW(task.trained(), lr=1e-5)
+        self.trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
 
     def seconds(self) -> float:
         """CPU time of one step."""
@@ -65,9 +78,10 @@ class Steps:
         batch = next(self.batches)
         self.optimizer.zero_grad()
         self.task.compute_losses(batch)["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(self.task.trained(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
-        self.task.average.update()
+        if self.task.average is not None:
+            self.task.average.update()
         return time.process_time() - start
 
 

@@ -34,13 +34,15 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Blots(ImageGenerator):
-    """An image for each seed."""
+    """An image for each seed; of the captions, those that say so are flagged, and black."""
 
     pretrained = True
 
     def generate(self, captions: Any, seeds: Any) -> GeneratedImages:
         draws = [torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return GeneratedImages(torch.stack(draws), [False] * len(draws))
+        flagged = ["unsafe" in caption for caption in captions]
+        black = [draw * (not bad) for draw, bad in zip(draws, flagged, strict=True)]
+        return GeneratedImages(torch.stack(black), flagged)
 
     def describe(self) -> dict[str, Any]:
         return {}
@@ -71,10 +73,31 @@ def test_fid_is_that_of_the_weights_in_the_file(weights: Path) -> None:
     assert found > 1e-3
 
 
+@pytest.mark.slow
+def test_flagged_images_are_counted_and_left_out(weights: Path) -> None:
+    score = SynthesisScore(OpenCLIPEncoder(pretrained="emoji_scorer"), None, ("val",), fid_weights=str(weights))
+    real = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(99))
+    captions, kept = ["a cat", "an unsafe cat", "a dog", "a key", "unsafe", "the sun"], [0, 2, 3, 5]
+    found, expected = (nn.ModuleDict(score.build_metrics("novel", "val")) for _ in range(2))
+    score.update(found, Blots(), real, captions, torch.arange(6))
+    score.update(expected, Blots(), real[kept], [captions[row] for row in kept], torch.tensor(kept))
+    assert float(found["flagged"].compute()["scorer_num_flagged"]) == 2
+    for name in ("score", "fid"):
+        for key, value in expected[name].compute().items():
+            assert float(found[name].compute()[key]) == pytest.approx(float(value), abs=1e-5), key
+    alone: Any = nn.ModuleDict(score.build_metrics("novel", "val"))
+    score.update(alone, Blots(), real[:2], ["unsafe", "unsafe"], torch.arange(2))
+    assert alone["fid"].compute() == {} == alone["score"].compute()
+    with torch.autocast("cpu", torch.bfloat16):
+        under: Any = nn.ModuleDict(score.build_metrics("novel", "val"))
+        score.update(under, Blots(), real, captions, torch.arange(6))
+    assert under["score"].compute()["scorer_kid"] == found["score"].compute()["scorer_kid"]
+
+
 def test_only_the_sets_that_are_asked_for_get_images(tmp_path: Path) -> None:
     scorer = OpenCLIPEncoder(pretrained="emoji_scorer")
     score = SynthesisScore(scorer, 5, ("val",), eval_sets=["novel"])
-    assert score.build_metrics("novel", "val").keys() == {"score"}
+    assert score.build_metrics("novel", "val").keys() == {"score", "flagged"}
     assert score.build_metrics("outside", "val") == {} == score.build_metrics("novel", "test")
     score.update({}, Blots(), torch.rand(2, 3, 32, 32), ["a cat"] * 2, torch.arange(2))
     task = rates(score=SynthesisScore(scorer, 5, ("val",), eval_sets=["navel"]))
@@ -83,7 +106,8 @@ def test_only_the_sets_that_are_asked_for_get_images(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_there_are_named() -> None:
+    score = SynthesisScore(OpenCLIPEncoder(pretrained="emoji_scorer"), fid_weights="nowhere.pth")  # none to predict
     with pytest.raises(ValueError, match=r"fid_weights: nowhere\.pth is no file.*torch-fidelity"):
-        SynthesisScore(OpenCLIPEncoder(pretrained="emoji_scorer"), fid_weights="nowhere.pth")
+        score.build_metrics("novel", "test")
     with pytest.raises(ValueError, match="num_images=1"):
         SynthesisScore(OpenCLIPEncoder(pretrained="emoji_scorer"), 1)

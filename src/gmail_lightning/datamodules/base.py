@@ -90,6 +90,10 @@ class ImageTextDataModule(LightningDataModule):
         datasets = self.evaluation_sets.get(name, [])
         return bool(datasets) and all(dataset.class_names is not None for dataset in datasets)
 
+    def has_captions(self, name: str) -> bool:
+        """Whether captions of an evaluation set say more than the names of classes."""
+        return any(not dataset.captions_are_classes for dataset in self.evaluation_sets.get(name, []))
+
     def classes(self, name: str | None = None) -> Classes:
         """Returns the names of the classes of an evaluation set, or of the training sets, and the prompts for them.
 

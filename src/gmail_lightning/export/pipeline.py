@@ -33,7 +33,8 @@ def write_pipeline(checkpoint: str | Path, folder: Path, dtype: torch.dtype) -> 
     kind = import_recorded({"class_path": recorded}, checkpoint, "task", BaseTask)
     if not issubclass(kind, TunesPipeline):
         raise ValueError(f"{checkpoint}: a {recorded} trains no pipeline, so to='diffusers' has nothing to write.")
-    task = kind.load_from_checkpoint(checkpoint, map_location="cpu")
+    unused = {"score": None} if "score" in content["hyper_parameters"] else {}  # it may need files of another machine
+    task = kind.load_from_checkpoint(checkpoint, map_location="cpu", **unused)
     if dtype == torch.float32:
         task.save_pipeline(folder)
         return

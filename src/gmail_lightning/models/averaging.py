@@ -28,14 +28,16 @@ def holding(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Ite
 
 @torch.no_grad()
 def _fill(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    torch._foreach_copy_(
-        [p.detach() for p in parameters],
-        [value.to(p.device) for value, p in zip(values, parameters, strict=True)],
-    )
+    if parameters:
+        torch._foreach_copy_(
+            [p.detach() for p in parameters],
+            [value.to(p.device) for value, p in zip(values, parameters, strict=True)],
+        )
+    torch.clear_autocast_cache()  # which holds casts of the values that stood there
 
 
 class EarlierWeights:
-    """A copy of parameters as they are now, on the CPU, to compare with what they become.
+    """A copy of parameters as they are now, to compare with what they become; on the CPU, until ``to`` is called.
 
     Args:
         parameters: What is copied, always in this order.
@@ -44,6 +46,10 @@ class EarlierWeights:
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self.values = [p.detach().to("cpu", copy=True) for p in self.parameters]
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the copy, so that it need not be moved each time that it is asked for."""
+        self.values = [value.to(device) for value in self.values]
 
     def swapped_in(self) -> AbstractContextManager[None]:
         """Within it, the parameters hold what they were."""

@@ -58,7 +58,7 @@ class BaseTask(AveragedWeights, ABC):
     """
 
     #: True where the loss contrasts rows of one batch, so that accumulating gradients does not enlarge the batch.
-    batch_contrastive: ClassVar[bool] = False
+    batch_contrastive: bool = False
     #: True where ``compute_losses`` weighs the rows by ``batch["weight"]``.
     uses_weights: ClassVar[bool] = False
     #: True where evaluating writes captions, which ``result_of`` then shows batch by batch.
@@ -132,10 +132,10 @@ class BaseTask(AveragedWeights, ABC):
         schedules = [c.scheduling for c in cast(Any, trainer).callbacks if isinstance(c, GradientAccumulationScheduler)]
         accumulate = max([trainer.accumulate_grad_batches, *(max(s.values()) for s in schedules)])
         if stage == "fit" and self.batch_contrastive and accumulate != 1 and not self.allow_small_negatives:
+            chunks = " and set contrastive_chunk_size to fit it into memory" * hasattr(self, "contrastive_chunk_size")
             raise MisconfigurationException(
                 f"accumulate_grad_batches={accumulate} gives a batch-contrastive loss no further negatives. Raise "
-                "batch_size and set contrastive_chunk_size to fit it into memory, or set allow_small_negatives=True to "
-                "accept the smaller batch."
+                f"batch_size{chunks}, or set allow_small_negatives=True to accept the smaller batch."
             )
         if stage != "predict":
             verb = "test" if stage == "test" else "val"

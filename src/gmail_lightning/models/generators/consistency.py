@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -24,6 +25,9 @@ from gmail_lightning.types import ImageSpec
 Reading = Literal["none", "feature", "reciprocal_kl", "image", "prediction_contrast"]
 #: Distance of each reading that compares features, where none is given.
 DISTANCES: dict[str, Distance] = {"feature": "infonce", "reciprocal_kl": "reciprocal_kl", "image": "cosine"}
+
+
+NEGATIVES = 2  # of prediction_contrast
 
 
 class Seen(NamedTuple):
@@ -77,7 +81,7 @@ class ReciprocalConsistency(nn.Module):
             middle block, so that agreement with the caption is not had for free; or the ``prompt``, in the pass of the
             synthesis term. The other readings take the prompt.
         noise_weight: Weigh each row by ``alpha_bar`` of its timestep, its share of signal; or not at all.
-        timesteps: First and last but one of the timesteps that take part; all by default.
+        timesteps: The first of the timesteps that take part, and one past the last; all by default.
         stop_gradient: See ``losses.reciprocal_consistency_loss``. Of the last two readings, where one model is seen
             through the other, ``clip`` keeps every part of CLIP fixed, and ``diffusion`` the UNet.
         temperature: In place of CLIP's own, which is taken without gradient; of ``prediction_contrast`` 0.1.
@@ -98,7 +102,7 @@ class ReciprocalConsistency(nn.Module):
         timesteps: tuple[int, int] | None = None,
         stop_gradient: StopGradient = "targets",
         temperature: float | None = None,
-        negatives: int = 2,
+        negatives: int = NEGATIVES,
     ) -> None:
         super().__init__()
         for name, value, known in (
@@ -112,6 +116,13 @@ class ReciprocalConsistency(nn.Module):
                 raise ValueError(f"{name}={value!r}: use one of {', '.join(map(str, known))}.")
         if distance is not None and reading not in DISTANCES:
             raise ValueError(f"distance={distance!r} belongs to {', '.join(DISTANCES)}, not to reading={reading!r}.")
+        for name, is_given, readings in (
+            ("condition='prompt'", condition == "prompt", ("feature", "reciprocal_kl")),
+            ("temperature", temperature is not None, ("feature", "reciprocal_kl", "prediction_contrast")),
+            ("negatives", negatives != NEGATIVES, ("prediction_contrast",)),
+        ):
+            if is_given and reading not in readings:
+                raise ValueError(f"{name} belongs to {', '.join(readings)}, not to reading={reading!r}.")
         if weight < 0 or warmup_steps < 0 or negatives < 1 or (temperature is not None and temperature <= 0):
             raise ValueError(
                 f"weight={weight} and warmup_steps={warmup_steps} may not be negative, negatives={negatives} is at "
@@ -135,13 +146,22 @@ class ReciprocalConsistency(nn.Module):
         """Whether these come of the pass of the synthesis term."""
         return self.reads_middle and self.condition == "prompt"
 
-    def build(self, objective: DenoisingObjective, embed_dim: int) -> None:
-        """Makes the projection, from the UNet's width to CLIP's, where the reading needs one."""
+    def build(self, objective: DenoisingObjective, encoder: ImageEncoder) -> None:
+        """Makes the projection, from the UNet's width to CLIP's, where the reading needs one.
+
+        Raises:
+            ValueError: If ``timesteps`` are none of the objective's, or a CLIP that is kept fixed would be computed
+                again in the backward, when it is not.
+        """
+        if self.reading == "image" and self.stop_gradient == "clip" and _recomputes(encoder):
+            raise ValueError(
+                "reading='image' with stop_gradient='clip' needs an encoder with grad_checkpointing: false."
+            )
         steps = len(objective.alphas_cumprod)
         if self.timesteps is not None and not 0 <= self.timesteps[0] < self.timesteps[1] <= steps:
             raise ValueError(f"timesteps={self.timesteps}: give first < last, from 0 to {steps}.")
         if self.reads_middle:
-            self.projection = nn.Linear(objective.middle_width, embed_dim, bias=False)
+            self.projection = nn.Linear(objective.middle_width, encoder.embed_dim, bias=False)
 
     def weight_at(self, step: int) -> float:
         """Weight of the term in the step of this number, from 0."""
@@ -231,6 +251,13 @@ class ReciprocalConsistency(nn.Module):
             weight=weight,
             is_negative=differs,
         )
+
+
+def _recomputes(module: nn.Module) -> bool:
+    """Whether it drops activations: by the switch of open_clip, or by a forward that was wrapped."""
+    return any(
+        getattr(m, "grad_checkpointing", False) or isinstance(vars(m).get("forward"), partial) for m in module.modules()
+    )
 
 
 @contextmanager

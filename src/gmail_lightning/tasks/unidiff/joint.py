@@ -37,12 +37,12 @@ VIEW = "diffusion_image"  # of the picture that the diffusion model is trained o
 class JointTask(TunesPipeline, EncoderTask):
     """A CLIP and a diffusion model that read the same pictures, each at its size, and may share a text tower.
 
-    Evaluation gives retrieval, zero-shot accuracy on the sets that have classes, the denoising loss, the spread of both
-    towers' features and their drift from the encoder as it was; as ``interpolated_``, retrieval and accuracy of weights
-    half way between that encoder and this, unless it trains adapters, whose factors have no such middle. With ``score``
-    also KID, CMMD and CLIPScore of images made for the captions. ``predict`` gives features of pictures, and images of
-    prompts, which ``DatasetWriter`` stores. At the end of training the pipeline is written to ``pipeline/`` in the run
-    folder.
+    Evaluation gives retrieval and the denoising loss, but of sets whose captions only name classes; zero-shot accuracy
+    on the sets that have classes; the spread of both towers' features and their drift from the encoder as it was; as
+    ``interpolated_``, retrieval and accuracy of weights half way between that encoder and this, unless it trains
+    adapters, whose factors have no such middle. With ``score`` also KID, CMMD and CLIPScore of images made for the
+    captions. ``predict`` gives features of pictures, and images of prompts, which ``DatasetWriter`` stores. At the end
+    of training the pipeline is written to ``pipeline/`` in the run folder.
 
     Subclasses say what trains (``_track_earlier`` then takes note of it) and by which loss.
     """
@@ -129,19 +129,21 @@ class JointTask(TunesPipeline, EncoderTask):
     def build_metrics(self, eval_set: str) -> dict[str, Metric]:
         """Of both abilities, and of what the features have become."""
         built: dict[str, Metric] = {
-            "real": ImageTextRecall(),
-            "generated": ImageTextRecall(prefix="generated_"),
             "image_spread": FeatureSpread(self.encoder.embed_dim, prefix="image_"),
             "text_spread": FeatureSpread(self.encoder.embed_dim, prefix="text_"),
-            "denoising": cast(Metric, MetricCollection({"denoising_loss": MeanMetric()})),
         }
         data: Any = getattr(self.trainer, "datamodule", None)
+        has_captions = not hasattr(data, "has_captions") or data.has_captions(eval_set)
+        if has_captions:
+            built["real"], built["generated"] = ImageTextRecall(), ImageTextRecall(prefix="generated_")
+            built["denoising"] = cast(Metric, MetricCollection({"denoising_loss": MeanMetric()}))
         if hasattr(data, "has_classes") and data.has_classes(eval_set):
             self._classes[eval_set] = data.classes(eval_set)
             built["zero_shot"] = ZeroShotAccuracy(len(self._classes[eval_set].names))
         adapters = adapter_ids(self.encoder)
         if self.earlier.parameters and not any(id(p) in adapters for p in self.earlier.parameters):
-            built["interpolated"] = ImageTextRecall(prefix="interpolated_")
+            if has_captions:
+                built["interpolated"] = ImageTextRecall(prefix="interpolated_")
             if "zero_shot" in built:
                 classes = len(self._classes[eval_set].names)
                 built["interpolated_zero_shot"] = ZeroShotAccuracy(classes, prefix="interpolated_")
@@ -153,28 +155,43 @@ class JointTask(TunesPipeline, EncoderTask):
         """Forgets the class embeddings of the last evaluation."""
         super().on_validation_epoch_start()
         self._embeddings = {}
+        self.earlier.to(self.device)
 
     def on_test_epoch_start(self) -> None:
         """As ``on_validation_epoch_start``."""
         super().on_test_epoch_start()
         self._embeddings = {}
+        self.earlier.to(self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Takes the weights of before off the device."""
+        super().on_validation_epoch_end()
+        self.earlier.to("cpu")
+
+    def on_test_epoch_end(self) -> None:
+        """As ``on_validation_epoch_end``."""
+        super().on_test_epoch_end()
+        self.earlier.to("cpu")
 
     def update_metrics(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
-        """Adds images and all their captions."""
-        images = self.encode_images(batch)
-        texts = self.encoder.encode_text(batch["text"])
-        update_recall(metrics, images, texts, batch, same_texts=True)
-        real = batch["modality"] == Modality.REAL
+        """Adds images and all their captions, or the first, where captions name classes."""
+        images, real = self.encode_images(batch), batch["modality"] == Modality.REAL
         first = torch.searchsorted(batch["text_row"], torch.arange(len(images), device=images.device))
+        if "real" in metrics:
+            texts = self.encoder.encode_text(batch["text"])
+            update_recall(metrics, images, texts, batch, same_texts=True)
+            texts = texts[first]
+        else:
+            texts = self.encoder.encode_text(batch["text"][first])
         with self.earlier.swapped_in():
             earlier = self.encode_images(batch)[real], self.encoder.encode_text(batch["text"][first])[real]
         metrics["image_spread"].update(images[real], earlier[0])
-        metrics["text_spread"].update(texts[first][real], earlier[1])
+        metrics["text_spread"].update(texts[real], earlier[1])
         self._update_zero_shot(metrics, "zero_shot", images[real], batch)
-        if "interpolated" in metrics:
-            self._update_interpolated(metrics, batch)
+        self._update_interpolated(metrics, batch)
         pixels = self._pixels(batch)
-        self._update_denoising(metrics["denoising"], pixels, batch, first)
+        if "denoising" in metrics:
+            self._update_denoising(metrics["denoising"], pixels, batch, first)
         if self.score is not None:
             rows = real.nonzero().squeeze(1)
             captions = [batch["caption"][row] for row in rows.tolist()]
@@ -192,12 +209,16 @@ class JointTask(TunesPipeline, EncoderTask):
             metrics[name].update(F.normalize(images.float(), dim=-1) @ self._embeddings[key].T, batch["label"][real])
 
     def _update_interpolated(self, metrics: Mapping[str, Any], batch: ImageTextBatch) -> None:
+        if not {"interpolated", "interpolated_zero_shot"} & metrics.keys():
+            return
         real, owner = batch["modality"] == Modality.REAL, batch["text_row"]
         with self.earlier.interpolated():
-            images, texts = self.encode_images(batch)[real], self.encoder.encode_text(batch["text"])
+            images = self.encode_images(batch)[real]
             self._update_zero_shot(metrics, "interpolated_zero_shot", images, batch)
-        ids, of_real = batch["row_id"], real[owner]
-        metrics["interpolated"].update(images, ids[real], texts[of_real], ids[owner[of_real]])
+            if "interpolated" in metrics:
+                ids, of_real = batch["row_id"], real[owner]
+                texts = self.encoder.encode_text(batch["text"])[of_real]
+                metrics["interpolated"].update(images, ids[real], texts, ids[owner[of_real]])
 
     def _update_denoising(self, metric: Any, pixels: Tensor, batch: ImageTextBatch, first: Tensor) -> None:
         """The loss of each row at a timestep and noise that depend on the row alone, so that values compare."""

@@ -41,7 +41,7 @@ def open_parts(
     """
     wanted = dict(train or {})
     for part, how in wanted.items():
-        if part not in get_args(Part) or not (how in ("full", "frozen") or (isinstance(how, int) and how > 0)):
+        if part not in get_args(Part) or not (how in ("full", "frozen") or (type(how) is int and how > 0)):
             raise ValueError(
                 f"train: {part}: {how}: the parts are {', '.join(get_args(Part))}, each full, frozen or a rank of LoRA."
             )

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection, SumMetric
 
 from gmail_lightning.metrics.generation import GenerationScore
 from gmail_lightning.models.base import DualEncoder
@@ -24,7 +24,8 @@ class SynthesisScore(nn.Module):
     KID and CMMD compare the images with the real ones of the set, both at the generator's size, and CLIPScore with
     their captions; all on features of ``scorer``. The usual figures are on Inception's (KID) and on those of CLIP
     ViT-L/14 at 336 pixels (CMMD): compare such only with others of the same scorer. FID is torchmetrics', on Inception;
-    it is biased below some 10,000 images, so compare equal numbers alone.
+    it is biased below some 10,000 images, so compare equal numbers alone. Images that the generator's safety checker
+    flags are left out, and counted: ``scorer_num_flagged``.
 
     Args:
         scorer: A CLIP other than the one that is trained.
@@ -34,8 +35,8 @@ class SynthesisScore(nn.Module):
         fid_weights: File of Inception's weights as torch-fidelity publishes them, for FID.
 
     Raises:
-        ValueError: If ``num_images`` is below 2, or ``fid_weights`` is no file.
-        ModuleNotFoundError: If ``fid_weights`` is given and torch-fidelity is not installed.
+        ValueError: If ``num_images`` is below 2. In an evaluation, if ``fid_weights`` is no file.
+        ModuleNotFoundError: In an evaluation, if ``fid_weights`` is given and torch-fidelity is not installed.
     """
 
     def __init__(
@@ -51,21 +52,22 @@ class SynthesisScore(nn.Module):
             raise ValueError(f"num_images={num_images}: a distance between two sets needs at least 2 of each.")
         self.scorer, self.num_images, self.stages = scorer.requires_grad_(False).eval(), num_images, tuple(stages)
         self.eval_sets = None if eval_sets is None else tuple(eval_sets)
-        self.inception: Any = None if fid_weights is None else _inception(fid_weights)
+        self.fid_weights = fid_weights
+        self.inception: Any = None  # read when it is needed
 
     def train(self, mode: bool = True) -> SynthesisScore:
         """Stays in eval mode."""
         return super().train(False)
 
     def build_metrics(self, eval_set: str, stage: Stage) -> dict[str, Metric]:
-        """What ``update`` fills for a set: ``scorer_kid``, ``scorer_cmmd`` and ``scorer_clip_score``, and ``fid``."""
+        """What ``update`` fills for a set: ``scorer_kid``, ``scorer_cmmd``, ``scorer_clip_score``, and ``fid``."""
         if stage not in self.stages or not (self.eval_sets is None or eval_set in self.eval_sets):
             return {}
         built: dict[str, Metric] = {"score": GenerationScore(prefix="scorer_")}
-        if self.inception is not None:
-            from torchmetrics.image.fid import FrechetInceptionDistance
-
-            built["fid"] = cast(Metric, MetricCollection({"fid": FrechetInceptionDistance(self.inception)}))
+        built["flagged"] = cast(Metric, MetricCollection({"scorer_num_flagged": SumMetric()}))
+        if self.fid_weights is not None:
+            self.inception = self.inception or _inception(self.fid_weights)
+            built["fid"] = _fid(self.inception)
         return built
 
     @torch.no_grad()
@@ -97,25 +99,43 @@ class SynthesisScore(nn.Module):
             empty = real.new_zeros(0, self.scorer.embed_dim)
             metrics["score"].update(empty, empty, empty)
             return
-        prompts = [captions[i] for i in chosen]
-        made = generator.generate(prompts, [seeds[i] for i in chosen]).image.to(real.device)
-        if not torch.isfinite(made).all():
+        found = generator.generate([captions[i] for i in chosen], [seeds[i] for i in chosen])
+        if not torch.isfinite(found.image).all():
             raise RuntimeError("The generator made images that are not finite: the training has diverged.")
-        text = self.scorer.text_spec.encode(prompts).to(real.device)
-        generated, taken = _as_bytes(made), _as_bytes(real[chosen])
-        metrics["score"].update(self._features(generated), self._features(taken), self.scorer.encode_text(text).float())
-        if "fid" in metrics:
-            metrics["fid"].update(generated, real=False)
-            metrics["fid"].update(taken, real=True)
+        shown = [at for at, flagged in enumerate(found.flagged) if not flagged]  # a flagged one is black
+        metrics["flagged"].update(float(len(chosen) - len(shown)))
+        generated, taken = _as_bytes(found.image[shown].to(real.device)), _as_bytes(real[[chosen[at] for at in shown]])
+        text = self.scorer.text_spec.encode([captions[chosen[at]] for at in shown]).to(real.device)
+        with torch.autocast(real.device.type, enabled=False):  # figures that no precision of the training changes
+            metrics["score"].update(
+                self._features(generated), self._features(taken), self.scorer.encode_text(text).float()
+            )
+            if "fid" in metrics and shown:
+                metrics["fid"].update(generated, real=False)
+                metrics["fid"].update(taken, real=True)
 
     def _features(self, image: Tensor) -> Tensor:
         """Of uint8 pixels, shape (B, 3, H, W)."""
+        if not len(image):
+            return torch.zeros(0, self.scorer.embed_dim, device=image.device)
         return self.scorer.encode_image(torch.stack([resize(one, self.scorer.image_spec) for one in image])).float()
 
 
 def _as_bytes(image: Tensor) -> Tensor:
     """Pixels in [0, 1], shape (B, 3, H, W), as a file would hold them."""
     return (image.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _fid(inception: nn.Module) -> Metric:
+    """FID that says nothing where a set has fewer than two images, as the other scores."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Distance(FrechetInceptionDistance):
+        def compute(self) -> Any:
+            least = torch.minimum(self.real_features_num_samples, self.fake_features_num_samples)
+            return {"fid": super().compute()} if least >= 2 else {}
+
+    return cast(Metric, Distance(inception))
 
 
 def _inception(weights: str) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gmail_lightning.distributed import world_size
 from gmail_lightning.losses import contrastive_loss
 from gmail_lightning.losses.conflict import gradient_cosines
+from gmail_lightning.losses.joined_ids import joined_ids
 from gmail_lightning.models import DualEncoder
 from gmail_lightning.models.averaging import WeightAverage
 from gmail_lightning.models.branches.routing import ModalityIndex
@@ -22,6 +23,7 @@ from gmail_lightning.models.generators.consistency import ReciprocalConsistency,
 from gmail_lightning.models.generators.diffusion import DiffusersGenerator
 from gmail_lightning.models.generators.objective import drop_prompts
 from gmail_lightning.tasks.encoder_task import image_index
+from gmail_lightning.tasks.retrieval import number_of_ids
 from gmail_lightning.tasks.unidiff.joint import JointTask
 from gmail_lightning.tasks.unidiff.parts import How, Part, open_parts
 from gmail_lightning.tasks.unidiff.synthesis_score import SynthesisScore
@@ -35,7 +37,8 @@ class UniDiffTask(JointTask):
     """Joint fine-tuning of a CLIP and a diffusion model, after UniDiff (arXiv 2306.00813), on few pictures of a domain.
 
     ``L = contrast_weight L_contrast + synthesis_weight L_synthesis + w L_consistency``: CLIP's loss on the captions as
-    they are, the denoising loss with prompts dropped, and reciprocal consistency. Both models keep their architecture.
+    they are (rows of one image, or of one caption, are not negatives of one another), the denoising loss with prompts
+    dropped, and reciprocal consistency. Both models keep their architecture.
     The paper's equations and weights are not public: every choice is an argument. Each picture is read at CLIP's size
     and at the diffusion model's, under one random draw.
 
@@ -59,7 +62,8 @@ class UniDiffTask(JointTask):
         generated_rows: Terms that generated rows take part in, some of contrast, synthesis, consistency; all by
             default.
         conflict_every_n_steps: Log the cosine between the gradients of every two terms on the weights that both reach,
-            every so many steps; each costs one more backward for every term. None: never.
+            every so many steps; each costs one more backward for every term. Under DDP the mean of the ranks' own
+            cosines. None: never.
         score: Makes and scores images in evaluations.
         optimizer: See ``BaseTask``.
         scheduler: See ``BaseTask``.
@@ -72,7 +76,7 @@ class UniDiffTask(JointTask):
             cannot be trained, or the text tower cannot be shared.
     """
 
-    batch_contrastive = True
+    evaluation_only = frozenset({"score"})
 
     def __init__(
         self,
@@ -111,13 +115,14 @@ class UniDiffTask(JointTask):
         consistent = self.consistency.reading != "none"
         _check(contrast_weight, synthesis_weight, consistent, generated_rows, prompt_dropout)
         self.contrast_weight, self.synthesis_weight = contrast_weight, synthesis_weight
+        self.batch_contrastive = contrast_weight > 0
         self.prompt_dropout, self.generated_rows = prompt_dropout, tuple(generated_rows)
         self.conflict_every_n_steps = conflict_every_n_steps
         open_parts(
             self.encoder, generator, train, contrast_weight > 0, synthesis_weight > 0, shared=text_tower == "shared"
         )
         self._track_earlier()
-        self.consistency.build(self.objective, self.encoder.embed_dim)
+        self.consistency.build(self.objective, self.encoder)
         if ema_decay is not None:
             self.average = WeightAverage(self.trained(), ema_decay)
 
@@ -132,61 +137,76 @@ class UniDiffTask(JointTask):
         if self.contrast_weight:
             image_features = self.encode_images(batch)
             rows = self._rows(batch, "contrast")
-            pairs = image_features, text_features, batch["image_id"]
+            ids = joined_ids(batch["image_id"], number_of_ids(batch["text"]))
+            pairs = image_features, text_features, ids
             image, text, ids = pairs if rows is None else (each[rows] for each in pairs)
             losses["contrast"] = contrastive_loss(image, text, self.scale, self.encoder.logit_bias, ids=ids)
             losses["logit_scale"] = self.scale
         if self.synthesis_weight:
-            noised = self.objective.draw(self.generator.encode_pixels(self._pixels(batch), draws), draws)
+            only = self._diffused(batch)  # what no term looks at does not go through the UNet
+            pixels = self._pixels(batch)
+            if only is not None:
+                pixels, context = pixels[only], context[only]
+            noised = self.objective.draw(self.generator.encode_pixels(pixels, draws), draws)
             prompts = drop_prompts(context, empty, self.prompt_dropout, draws)
             denoised = self.objective.denoise(noised, prompts, middle=self.consistency.in_synthesis_pass)
-            rows = self._rows(batch, "synthesis")
+            rows = self._rows(batch, "synthesis") if only is None else None
             of_rows = noised if rows is None else noised.of_rows(rows)
             prediction = denoised.prediction if rows is None else denoised.prediction[rows]
             losses["synthesis"] = self.objective.loss(prediction, of_rows)
         weights = {"contrast": self.contrast_weight, "synthesis": self.synthesis_weight}
         if self.consistency.reading != "none":
-            seen = Seen(
-                noised,
-                denoised,
-                context,
-                empty,
-                image_features,
-                text_features,
-                self.scale,
-                batch["text"],
-                batch["image_id"],
-            )
-            losses["consistency"] = self._consistency(seen, batch, draws)
+            of_clip = image_features, text_features, batch["text"], batch["image_id"]
+            image, text, texts, ids = of_clip if only is None else (each[only] for each in of_clip)
+            seen = Seen(noised, denoised, context, empty, image, text, self.scale, texts, ids)
+            rows, real = self._rows(batch, "consistency"), "consistency" not in self.generated_rows
+            losses["consistency"] = self._consistency(seen, batch, rows if only is None else None, real, draws)
             weights["consistency"] = self.consistency.weight_at(self._step_number())
         self._watch_conflicts(losses)
         total = torch.stack([weights[name] * losses[name] for name in TERMS if name in losses]).sum()
         return {"loss": total, **losses}
 
     def _require_rows(self, batch: ImageTextBatch) -> None:
-        rows = self._rows(batch, "contrast")
-        count = (len(batch["modality"]) if rows is None else len(rows)) * world_size()
-        if self.contrast_weight and count < 2:
-            raise MisconfigurationException(
-                f"The contrastive term has {count} row in the batch, where it is zero whatever the model says: raise "
-                "data.batch_size, or set contrast_weight=0."
-            )
+        """Refuses a batch in which a term has too few rows to say anything."""
+        terms = {"contrast": self.contrast_weight, "synthesis": self.synthesis_weight, "consistency": self._consistent}
+        for term in (term for term in TERMS if terms[term]):
+            rows = self._rows(batch, term)
+            count = len(batch["modality"]) if rows is None else len(rows)
+            count *= world_size() if term == "contrast" else 1
+            if count < (1 if term == "synthesis" else 2):
+                left_out = "" if rows is None else ", without the generated ones, which generated_rows leaves out of it"
+                raise MisconfigurationException(
+                    f"The term {term} has {count} row{'s' * (count != 1)} in the batch{left_out}, of which it says "
+                    "nothing: raise data.batch_size, lower data.generated_fraction, or set the weight of the term to 0."
+                )
+
+    @property
+    def _consistent(self) -> bool:
+        return self.consistency.reading != "none"
 
     def _rows(self, batch: ImageTextBatch, term: Term) -> Tensor | None:
         """Numbers of the rows that take part in a term; None for all."""
         return None if term in self.generated_rows else batch["real_row"]
+
+    def _diffused(self, batch: ImageTextBatch) -> Tensor | None:
+        """Numbers of the rows that the UNet has to see; None for all."""
+        terms: tuple[Term, ...] = ("synthesis", "consistency") if self._consistent else ("synthesis",)
+        return None if any(term in self.generated_rows for term in terms) else batch["real_row"]
 
     @property
     def scale(self) -> Tensor:
         """The encoder's logit scale; that of a CLIP capped."""
         return capped_scale(self.encoder, CAP)
 
-    def _consistency(self, seen: Seen, batch: ImageTextBatch, draws: torch.Generator) -> Tensor:
+    def _consistency(
+        self, seen: Seen, batch: ImageTextBatch, rows: Tensor | None, all_real: bool, draws: torch.Generator
+    ) -> Tensor:
+        """Of the given rows of ``seen``, None for all; ``all_real`` says that what is left is real."""
         index = image_index(batch)
-        rows = self._rows(batch, "consistency")
         if rows is not None:
-            index = ModalityIndex(torch.arange(len(rows), device=rows.device), rows[:0])  # all of them real
             seen = seen.of_rows(rows)
+        if all_real:
+            index = ModalityIndex(torch.arange(len(seen.text), device=seen.text.device), batch["real_row"][:0])
         encode = partial(self.encode_pixels, modality=index)
         found: Tensor = self.consistency(seen, self.objective, self.encoder, encode, draws)
         return found
@@ -199,7 +219,8 @@ class UniDiffTask(JointTask):
         if every is None or self._trainer is None or (self.trainer.global_step + 1) % every:
             return
         found = gradient_cosines({name: losses[name] for name in TERMS if name in losses}, self.trained())
-        self.log_dict({f"train/conflict/{name}": value for name, value in found.items()}, batch_size=1)
+        values = {f"train/conflict/{name}": value for name, value in found.items()}
+        self.log_dict(values, batch_size=1, sync_dist=True)
 
     def trained(self) -> list[nn.Parameter]:
         """All that trains."""
