@@ -1,6 +1,6 @@
 """The terms of a joint fine-tuning, alone and together: ``recipes/emoji/unidiff.yaml``, one override each, three seeds.
 
-    python benchmarks/emoji_unidiff.py [FOLDER] [--parallel N]
+    python benchmarks/emoji_unidiff.py [FOLDER] [--parallel N] [--text_tower shared]
 
 ``before`` is the CLIP and the pipeline as they were; ITC the contrastive term alone, IS the synthesis term alone, then
 both, then both with each reading of the consistency. ``novel`` are concepts of the hand that is trained on, ``outside``
@@ -48,13 +48,13 @@ TABLES = {
 }  # fmt: skip
 
 
-def run(variant: str, seed: int, folder: Path) -> None:
+def run(variant: str, seed: int, folder: Path, further: list[str]) -> None:
     """One run in a process of its own, unless it came to its end before."""
     if (folder / "done").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     command = [sys.executable, "-m", "gmail_lightning", "fit", "--config", str(recipes_folder() / "emoji/unidiff.yaml")]
-    command += [OVERRIDES[variant], f"--seed_everything={seed}", f"--trainer.default_root_dir={folder}"]
+    command += [OVERRIDES[variant], f"--seed_everything={seed}", f"--trainer.default_root_dir={folder}", *further]
     subprocess.run(command, check=True, stdout=sys.stderr)
     (folder / "done").touch()
 
@@ -75,11 +75,11 @@ def conflicts(folder: Path) -> dict[str, float]:
     return {name: statistics.mean(values) for name, values in found.items()}
 
 
-def main(folder: Path, parallel: int) -> int:
+def main(folder: Path, parallel: int, text_tower: str) -> int:
     folders = {variant: [folder / f"{variant}-{seed}" for seed in SEEDS] for variant in OVERRIDES}
     with ThreadPoolExecutor(parallel) as pool:
         jobs = [
-            pool.submit(run, variant, seed, folders[variant][number])
+            pool.submit(run, variant, seed, folders[variant][number], [f"--model.init_args.text_tower={text_tower}"])
             for number, seed in enumerate(SEEDS)
             for variant in OVERRIDES
         ]
@@ -131,6 +131,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, help="of the runs; default: a folder that is removed")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--text_tower", choices=["separate", "shared"], default="separate", help="of the recipe")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        sys.exit(main((given.folder or Path(scratch)).resolve(), given.parallel))
+        sys.exit(main((given.folder or Path(scratch)).resolve(), given.parallel, given.text_tower))
