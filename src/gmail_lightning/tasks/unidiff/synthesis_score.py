@@ -98,6 +98,7 @@ class SynthesisScore(nn.Module):
         if not chosen:
             empty = real.new_zeros(0, self.scorer.embed_dim)
             metrics["score"].update(empty, empty, empty)
+            metrics["flagged"].update(0.0)
             return
         found = generator.generate([captions[i] for i in chosen], [seeds[i] for i in chosen])
         if not torch.isfinite(found.image).all():
