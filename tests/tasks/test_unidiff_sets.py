@@ -122,6 +122,13 @@ def test_earlier_weights_are_seen_under_autocast() -> None:
             torch.testing.assert_close(layer(x), expected)
 
 
+def test_each_reading_has_a_weight_of_its_own() -> None:
+    for reading, weight in (("reciprocal_kl", 0.1), ("image", 1.0), ("none", 0.0)):
+        assert ReciprocalConsistency(reading).weight == weight  # type: ignore[arg-type]
+    assert ReciprocalConsistency("image", 0.3).weight == 0.3
+    assert ReciprocalConsistency("image", 0.0).reading == "none"
+
+
 def test_settings_that_a_reading_passes_over_are_refused() -> None:
     for settings, reading in (
         ({"condition": "prompt"}, "image"),

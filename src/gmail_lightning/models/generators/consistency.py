@@ -27,6 +27,8 @@ Reading = Literal["none", "feature", "reciprocal_kl", "image", "prediction_contr
 DISTANCES: dict[str, Distance] = {"feature": "infonce", "reciprocal_kl": "reciprocal_kl", "image": "cosine"}
 
 
+#: Weight of each reading, where none is given: their terms are of different size, and pull at different parts.
+WEIGHTS = {"feature": 0.1, "reciprocal_kl": 0.1, "image": 1.0, "prediction_contrast": 0.1}
 NEGATIVES = 2  # of prediction_contrast
 
 
@@ -74,7 +76,7 @@ class ReciprocalConsistency(nn.Module):
 
     Args:
         reading: As above.
-        weight: Of the term.
+        weight: Of the term; by default 1 of ``image``, whose cosine is small, and 0.1 of the others.
         warmup_steps: Steps over which the weight rises to that, linearly.
         distance: Of the readings that compare features; by default ``infonce``, ``reciprocal_kl`` and ``cosine``.
         condition: What the UNet sees when its feature is taken: the ``empty`` prompt, in a pass of its own up to the
@@ -94,7 +96,7 @@ class ReciprocalConsistency(nn.Module):
     def __init__(
         self,
         reading: Reading = "reciprocal_kl",
-        weight: float = 0.1,
+        weight: float | None = None,
         warmup_steps: int = 0,
         distance: Distance | None = None,
         condition: Literal["empty", "prompt"] = "empty",
@@ -116,6 +118,7 @@ class ReciprocalConsistency(nn.Module):
                 raise ValueError(f"{name}={value!r}: use one of {', '.join(map(str, known))}.")
         if distance is not None and reading not in DISTANCES:
             raise ValueError(f"distance={distance!r} belongs to {', '.join(DISTANCES)}, not to reading={reading!r}.")
+        weight = WEIGHTS.get(reading, 0.0) if weight is None else weight
         for name, is_given, readings in (
             ("condition='prompt'", condition == "prompt", ("feature", "reciprocal_kl")),
             ("temperature", temperature is not None, ("feature", "reciprocal_kl", "prediction_contrast")),
