@@ -154,6 +154,28 @@ def test_what_only_evaluations_read_does_not_change_a_run() -> None:
     assert recorded[0] == recorded[1]
 
 
+@pytest.mark.slow
+def test_a_term_that_reaches_nothing_is_in_no_conflict(tmp_path: Path) -> None:
+    frozen: Any = {"vision": "full", "text": 2, "unet": "frozen"}
+    task = make(ReciprocalConsistency(), text_tower="separate", train=frozen, conflict_every_n_steps=1)
+    trainer = fit(task, tmp_path, 1, enable_checkpointing=False)
+    found = {name for name in trainer.logged_metrics if "conflict" in name}
+    assert found == {"train/conflict/contrast_consistency"}
+    with pytest.raises(ValueError, match="nothing is left that trains"):
+        make(text_tower="separate", train={"vision": "frozen", "text": "frozen", "unet": "frozen"})
+
+
+def test_a_checkpoint_of_another_text_tower_or_reading_is_refused() -> None:
+    task = make(ReciprocalConsistency("feature"), text_tower="separate")
+    content: dict[str, Any] = {"state_dict": task.state_dict(), "hyper_parameters": {}}
+    task.on_save_checkpoint(content)
+    make(ReciprocalConsistency("feature"), text_tower="separate").on_load_checkpoint(content)
+    with pytest.raises(MisconfigurationException, match="text_tower='separate', this task has 'shared'"):
+        make(ReciprocalConsistency("feature")).on_load_checkpoint(content)
+    with pytest.raises(MisconfigurationException, match=r"consistency\.reading='feature', this task has 'image'"):
+        make(ReciprocalConsistency("image"), text_tower="separate").on_load_checkpoint(content)
+
+
 def test_accumulation_is_of_no_harm_where_nothing_is_contrasted(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"Raise batch_size, or set"):
         fit(make(), tmp_path, 1, accumulate_grad_batches=2)

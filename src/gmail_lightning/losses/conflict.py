@@ -23,6 +23,7 @@ def gradient_cosines(terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) 
     gradients = {
         name: torch.autograd.grad(term, list(parameters), retain_graph=True, allow_unused=True)
         for name, term in terms.items()
+        if term.requires_grad
     }
     found = {}
     for (one, first), (other, second) in combinations(gradients.items(), 2):

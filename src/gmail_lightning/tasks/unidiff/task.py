@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -121,6 +121,8 @@ class UniDiffTask(JointTask):
         open_parts(
             self.encoder, generator, train, contrast_weight > 0, synthesis_weight > 0, shared=text_tower == "shared"
         )
+        if not self.trained():
+            raise ValueError(f"train={train}: nothing is left that trains. Open a part that a term reaches.")
         self._track_earlier()
         self.consistency.build(self.objective, self.encoder)
         if ema_decay is not None:
@@ -225,6 +227,28 @@ class UniDiffTask(JointTask):
     def trained(self) -> list[nn.Parameter]:
         """All that trains."""
         return [p for p in self.parameters() if p.requires_grad]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what the weights were trained to work with."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["joint"] = self._trained_with()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses weights that were trained to work with another text tower or reading.
+
+        Raises:
+            MisconfigurationException: Naming the setting, its value there, and that here.
+        """
+        for name, value in self._trained_with().items():
+            there = checkpoint.get("joint", {}).get(name, value)
+            if there != value:
+                raise MisconfigurationException(
+                    f"The checkpoint was trained with {name}={there!r}, this task has {value!r}: give {there!r}."
+                )
+        super().on_load_checkpoint(checkpoint)
+
+    def _trained_with(self) -> dict[str, str]:
+        return {"text_tower": self.text_tower, "consistency.reading": self.consistency.reading}
 
     def after_step(self) -> None:
         """Holds the cap of the logit scale."""
