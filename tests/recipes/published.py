@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import published_data
+import pytest
 import yaml
 
 from gmail_lightning.command.main import main
@@ -24,6 +27,18 @@ HERE = {  # a machine of two cores
     "trainer.enable_progress_bar": False,
 }
 STEPS = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "trainer.log_every_n_steps": 1}
+
+
+@contextmanager
+def working_directory(folder: Path, makers: Sequence[str]) -> Iterator[tuple[Path, pytest.MonkeyPatch]]:
+    """Within it, ``recipes`` and ``data`` of these makers lie in the working directory, and so will runs."""
+    (folder / "recipes").symlink_to(recipes_folder())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("GMAIL_LIGHTNING_RUN_DIR", raising=False)
+        patch.chdir(folder)
+        for name in makers:
+            published_data.MAKERS[name](folder / "data")
+        yield folder, patch
 
 
 def place(name: str) -> Path:

@@ -15,7 +15,20 @@ import random_weights
 import tiny_pipelines
 import torch
 import yaml
-from published import PAPERS, arguments, exported, follow, header, newest, options, recipe, rivals, run, subsets
+from published import (
+    PAPERS,
+    arguments,
+    exported,
+    follow,
+    header,
+    newest,
+    options,
+    recipe,
+    rivals,
+    run,
+    subsets,
+    working_directory,
+)
 
 from gmail_lightning.command.recipes import recipes_folder
 
@@ -27,13 +40,7 @@ SHORT = {"trainer.limit_val_batches": 1}
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with ``recipes`` and ``data`` in it; runs and weights come to lie beside them."""
-    folder = tmp_path_factory.mktemp("published")
-    (folder / "recipes").symlink_to(recipes_folder())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("GMAIL_LIGHTNING_RUN_DIR", raising=False)
-        patch.chdir(folder)
-        for name in ("coco", "flickr30k"):
-            published_data.MAKERS[name](folder / "data")
+    with working_directory(tmp_path_factory.mktemp("published"), ("coco", "flickr30k")) as (folder, _):
         yield folder
 
 

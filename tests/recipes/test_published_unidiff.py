@@ -6,12 +6,24 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import published_data
 import pytest
 import random_weights
 import yaml
 from diffusers import DiffusionPipeline
-from published import as_subsets, exported, follow, header, newest, options, recipe, rivals, run, runs, status
+from published import (
+    as_subsets,
+    exported,
+    follow,
+    header,
+    newest,
+    options,
+    recipe,
+    rivals,
+    run,
+    runs,
+    status,
+    working_directory,
+)
 
 from gmail_lightning.command.recipes import recipes_folder
 from gmail_lightning.datasets import classification
@@ -25,21 +37,13 @@ READINGS = ("none", "feature", "image", "prediction_contrast")
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A working directory with ``recipes`` and ``data`` in it; manifests by the commands of the page on data."""
-    folder = tmp_path_factory.mktemp("published-unidiff")
-    (folder / "recipes").symlink_to(recipes_folder())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("GMAIL_LIGHTNING_RUN_DIR", raising=False)
-        patch.chdir(folder)
+    makers = ("deepfashion", "fashion_mnist", "imagenet")
+    with working_directory(tmp_path_factory.mktemp("published-unidiff"), makers) as (folder, patch):
         patch.setattr(classification, "prompt_templates", lambda name: ["a photo of a {}."])  # of 80 for ImageNet
-        for name in ("deepfashion", "fashion_mnist", "imagenet"):
-            published_data.MAKERS[name](folder / "data")
         places = {"deepfashion": folder / "data/deepfashion", "csv": folder / "data/shop"}
         for line in DOCS.read_text().splitlines():
-            words = (
-                shlex.split(line) if line.startswith("python -m gmail_lightning.generation.product_manifests") else []
-            )
-            if words:
-                kind, table, images, manifests, *more = words[3:]
+            if line.startswith("python -m gmail_lightning.generation.product_manifests"):
+                kind, table, images, manifests, *more = shlex.split(line)[3:]
                 there = places.pop(kind)
                 words = [kind, str(there / table), str(there / images), manifests, *more, "--test-share", "0.4"]
                 product_manifests.main(words)

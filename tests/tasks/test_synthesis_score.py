@@ -99,7 +99,6 @@ def test_only_the_sets_that_are_asked_for_get_images(tmp_path: Path) -> None:
     score = SynthesisScore(scorer, 5, ("val",), eval_sets=["novel"])
     assert score.build_metrics("novel", "val").keys() == {"score", "flagged"}
     assert score.build_metrics("outside", "val") == {} == score.build_metrics("novel", "test")
-    score.update({}, Blots(), torch.rand(2, 3, 32, 32), ["a cat"] * 2, torch.arange(2))
     task = rates(score=SynthesisScore(scorer, 5, ("val",), eval_sets=["navel"]))
     with pytest.raises(MisconfigurationException, match="no set is called navel: there is novel"):
         pl.Trainer(default_root_dir=tmp_path, **FAST).validate(task, data())

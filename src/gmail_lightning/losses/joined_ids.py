@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gmail_lightning.distributed import gather_rows, rank
+from gmail_lightning.losses.tiled import numbered
 
 ROUNDS = 8  # of passing the least number on: groups of rows that up to twice as many others chain together
 
@@ -23,16 +24,9 @@ def joined_ids(*keys: Tensor) -> Tensor:
         >>> joined_ids(torch.tensor([5, 5, 6, 7]), torch.tensor([1, 2, 2, 3]))
         tensor([0, 0, 0, 3])
     """
-    groups = [_numbered(gather_rows(key)) for key in keys]
+    groups = [numbered(gather_rows(key)).long() for key in keys]
     label = torch.arange(len(groups[0]), device=groups[0].device)
     for _ in range(ROUNDS):
         for group in groups:
             label = torch.empty_like(label).scatter_reduce(0, group, label, "amin", include_self=False)[group]
     return label[rank() * len(keys[0]) :][: len(keys[0])]
-
-
-def _numbered(ids: Tensor) -> Tensor:
-    """Numbers equal ids alike, from 0 up."""
-    ascending, order = ids.sort()
-    is_new = ascending[1:] != ascending[:-1]
-    return torch.zeros_like(ids).scatter_(0, order[1:], is_new.cumsum(0))

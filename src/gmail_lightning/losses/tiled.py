@@ -70,6 +70,11 @@ def gather_groups(ids: Tensor | None) -> Tensor | None:
     if reads_are_free(ids):
         distinct, groups = ids.unique(return_inverse=True)
         return None if len(distinct) == len(groups) else groups.to(torch.int32)
+    return numbered(ids)
+
+
+def numbered(ids: Tensor) -> Tensor:
+    """Numbers equal ids alike, from 0 up, shape (N,) int32; without waiting for a device."""
     ascending, order = ids.sort()
     is_new = ascending[1:] != ascending[:-1]
     return torch.zeros_like(ids, dtype=torch.int32).scatter_(0, order[1:], is_new.cumsum(0, dtype=torch.int32))

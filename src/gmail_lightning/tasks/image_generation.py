@@ -101,18 +101,29 @@ class MakesImages(BaseTask):
         scorer = self.image_scorer()
         if scorer is None:
             return [None] * len(image), ["no scorer"] * len(image)
-        spec, text_spec = scorer.image_spec, scorer.text_spec
         # Converted and resized where the generator left them, on its device.
         finite = torch.isfinite(image).flatten(1).all(dim=1).tolist()
-        pixels = (image.nan_to_num() * 255).round_().clamp_(0, 255).to(torch.uint8)
-        resized = torch.stack([resize(picture, spec) for picture in pixels])  # (B, 3, h, w)
-        image_features = scorer.encode_image(resized.to(self.device))
-        text_features = scorer.encode_text(text_spec.encode(captions).to(self.device))
-        scores = clip_score(image_features.float(), text_features.float()).tolist()
+        image_features = features_of_bytes(scorer, as_bytes(image.nan_to_num()), self.device)
+        text_features = scorer.encode_text(scorer.text_spec.encode(captions).to(self.device))
+        scores = clip_score(image_features, text_features.float()).tolist()
         return (
             [score if known else None for score, known in zip(scores, finite, strict=True)],
             [None if known else "not finite" for known in finite],
         )
+
+
+def as_bytes(image: Tensor) -> Tensor:
+    """Pixels in [0, 1], shape (B, 3, H, W), as a file would hold them, uint8."""
+    return (image.float() * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def features_of_bytes(scorer: DualEncoder, image: Tensor, device: torch.device | None = None) -> Tensor:
+    """Features (B, D) in fp32 of uint8 pixels (B, 3, H, W), resized where they are, encoded on a device; B may be 0."""
+    device = image.device if device is None else device
+    if not len(image):
+        return torch.zeros(0, scorer.embed_dim, device=device)
+    resized = torch.stack([resize(picture, scorer.image_spec) for picture in image])
+    return scorer.encode_image(resized.to(device)).float()
 
 
 class ImageGenerationTask(MakesImages):

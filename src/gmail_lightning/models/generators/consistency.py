@@ -25,8 +25,6 @@ from gmail_lightning.types import ImageSpec
 Reading = Literal["none", "feature", "reciprocal_kl", "image", "prediction_contrast"]
 #: Distance of each reading that compares features, where none is given.
 DISTANCES: dict[str, Distance] = {"feature": "infonce", "reciprocal_kl": "reciprocal_kl", "image": "cosine"}
-
-
 #: Weight of each reading, where none is given: their terms are of different size, and pull at different parts.
 WEIGHTS = {"feature": 0.1, "reciprocal_kl": 0.1, "image": 1.0, "prediction_contrast": 0.1}
 NEGATIVES = 2  # of prediction_contrast
@@ -116,10 +114,9 @@ class ReciprocalConsistency(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r}: use one of {', '.join(map(str, known))}.")
-        if distance is not None and reading not in DISTANCES:
-            raise ValueError(f"distance={distance!r} belongs to {', '.join(DISTANCES)}, not to reading={reading!r}.")
         weight = WEIGHTS.get(reading, 0.0) if weight is None else weight
         for name, is_given, readings in (
+            (f"distance={distance!r}", distance is not None, tuple(DISTANCES)),
             ("condition='prompt'", condition == "prompt", ("feature", "reciprocal_kl")),
             ("temperature", temperature is not None, ("feature", "reciprocal_kl", "prediction_contrast")),
             ("negatives", negatives != NEGATIVES, ("prediction_contrast",)),

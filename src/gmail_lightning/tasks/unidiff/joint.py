@@ -192,7 +192,7 @@ class JointTask(TunesPipeline, EncoderTask):
         pixels = self._pixels(batch)
         if "denoising" in metrics:
             self._update_denoising(metrics["denoising"], pixels, batch, first)
-        if self.score is not None:
+        if self.score is not None and "score" in metrics:
             rows = real.nonzero().squeeze(1)
             captions = [batch["caption"][row] for row in rows.tolist()]
             self.score.update(metrics, self.generator, pixels[rows], captions, batch["row_id"][rows])

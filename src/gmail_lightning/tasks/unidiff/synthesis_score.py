@@ -13,7 +13,7 @@ from torchmetrics import Metric, MetricCollection, SumMetric
 from gmail_lightning.metrics.generation import GenerationScore
 from gmail_lightning.models.base import DualEncoder
 from gmail_lightning.models.generative import ImageGenerator
-from gmail_lightning.transforms.image import resize
+from gmail_lightning.tasks.image_generation import as_bytes, features_of_bytes
 
 Stage = Literal["val", "test"]
 
@@ -79,7 +79,7 @@ class SynthesisScore(nn.Module):
         captions: list[str],
         row_ids: Tensor,
     ) -> None:
-        """Adds a batch to what ``build_metrics`` gave, if it gave something.
+        """Adds a batch to what ``build_metrics`` gave.
 
         Args:
             metrics: By their names there; others are left alone.
@@ -91,8 +91,6 @@ class SynthesisScore(nn.Module):
         Raises:
             RuntimeError: If an image is not finite.
         """
-        if "score" not in metrics:
-            return
         seeds = row_ids.tolist()
         chosen = [i for i, seed in enumerate(seeds) if self.num_images is None or seed < self.num_images]
         if not chosen:
@@ -105,26 +103,17 @@ class SynthesisScore(nn.Module):
             raise RuntimeError("The generator made images that are not finite: the training has diverged.")
         shown = [at for at, flagged in enumerate(found.flagged) if not flagged]  # a flagged one is black
         metrics["flagged"].update(float(len(chosen) - len(shown)))
-        generated, taken = _as_bytes(found.image[shown].to(real.device)), _as_bytes(real[[chosen[at] for at in shown]])
+        generated, taken = as_bytes(found.image[shown].to(real.device)), as_bytes(real[[chosen[at] for at in shown]])
         text = self.scorer.text_spec.encode([captions[chosen[at]] for at in shown]).to(real.device)
         with torch.autocast(real.device.type, enabled=False):  # figures that no precision of the training changes
             metrics["score"].update(
-                self._features(generated), self._features(taken), self.scorer.encode_text(text).float()
+                features_of_bytes(self.scorer, generated),
+                features_of_bytes(self.scorer, taken),
+                self.scorer.encode_text(text).float(),
             )
             if "fid" in metrics and shown:
                 metrics["fid"].update(generated, real=False)
                 metrics["fid"].update(taken, real=True)
-
-    def _features(self, image: Tensor) -> Tensor:
-        """Of uint8 pixels, shape (B, 3, H, W)."""
-        if not len(image):
-            return torch.zeros(0, self.scorer.embed_dim, device=image.device)
-        return self.scorer.encode_image(torch.stack([resize(one, self.scorer.image_spec) for one in image])).float()
-
-
-def _as_bytes(image: Tensor) -> Tensor:
-    """Pixels in [0, 1], shape (B, 3, H, W), as a file would hold them."""
-    return (image.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _fid(inception: nn.Module) -> Metric:

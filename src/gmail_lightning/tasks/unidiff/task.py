@@ -161,8 +161,8 @@ class UniDiffTask(JointTask):
             of_clip = image_features, text_features, batch["text"], batch["image_id"]
             image, text, texts, ids = of_clip if only is None else (each[only] for each in of_clip)
             seen = Seen(noised, denoised, context, empty, image, text, self.scale, texts, ids)
-            rows, real = self._rows(batch, "consistency"), "consistency" not in self.generated_rows
-            losses["consistency"] = self._consistency(seen, batch, rows if only is None else None, real, draws)
+            rows = self._rows(batch, "consistency") if only is None else None
+            losses["consistency"] = self._consistency(seen if rows is None else seen.of_rows(rows), batch, draws)
             weights["consistency"] = self.consistency.weight_at(self._step_number())
         self._watch_conflicts(losses)
         total = torch.stack([weights[name] * losses[name] for name in TERMS if name in losses]).sum()
@@ -200,14 +200,9 @@ class UniDiffTask(JointTask):
         """The encoder's logit scale; that of a CLIP capped."""
         return capped_scale(self.encoder, CAP)
 
-    def _consistency(
-        self, seen: Seen, batch: ImageTextBatch, rows: Tensor | None, all_real: bool, draws: torch.Generator
-    ) -> Tensor:
-        """Of the given rows of ``seen``, None for all; ``all_real`` says that what is left is real."""
+    def _consistency(self, seen: Seen, batch: ImageTextBatch, draws: torch.Generator) -> Tensor:
         index = image_index(batch)
-        if rows is not None:
-            seen = seen.of_rows(rows)
-        if all_real:
+        if "consistency" not in self.generated_rows:  # all that is seen is real
             index = ModalityIndex(torch.arange(len(seen.text), device=seen.text.device), batch["real_row"][:0])
         encode = partial(self.encode_pixels, modality=index)
         found: Tensor = self.consistency(seen, self.objective, self.encoder, encode, draws)
